@@ -1,0 +1,565 @@
+"""The hybrid: gated delta memory (G layers) and sliding-window attention that also reads that memory (S layers).
+
+    cfg = config.preset("smoke")
+    net = model.TransparentHybrid(cfg)
+    out = net(tokens, targets)        # Output(logits, loss, diagnostics, state)
+    logits, state = net.step(token)   # one token at a time: the memory, a window of keys and values, nothing that grows
+
+Letters: B sequences, T tokens, d = d_model, H heads, K key width, V value width of the memory, W window.
+Every path is causal: position t sees tokens up to t, whatever the layer pattern and options.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import config
+import core
+
+# Where a hard decay counts as shut: 2^-24 is below the rounding of the fp32 state, and unlike log 0 it keeps a gradient.
+SHUT = 2.0**-24
+# Largest logits tensor (elements) that the loss builds whole; above it the loss works through the rows in parts.
+WHOLE_LOGITS = 2**24
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    logits: [B, T, vocab], or [N, vocab] for the N chosen `positions`, or None when `targets` were given without them.
+    loss: mean cross-entropy in nats over scored tokens (targets != -100), a scalar; None without targets.
+    diagnostics: one dictionary per layer, detached, when asked for; otherwise None.
+    state: `HybridState` after the last token; pass it back to go on.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None
+    diagnostics: list[dict] | None
+    state: HybridState
+
+
+class MemoryState(NamedTuple):
+    """What a G layer carries from token to token."""
+
+    memory: Tensor  # [B, H, K, V], the delta rule's state
+    last_key: Tensor  # [B, H, K], for the shifted write
+    last_beta: Tensor  # [B, H]; zero before the first token, so that nothing is written at t = 0
+    convs: tuple[Tensor | None, ...]  # last w - 1 inputs of the context, key and query convolutions, [B, d, w - 1]
+    count: Tensor  # [B], write markers seen so far (key bank)
+
+
+class WindowState(NamedTuple):
+    """What an S layer carries: keys and values of the last min(t, W - 1) tokens, [B, H, c, d / H]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class HybridState(NamedTuple):
+    layers: tuple[MemoryState | WindowState, ...]
+    position: int  # tokens seen so far
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+
+
+class _Clamp01(torch.autograd.Function):
+    """clamp(x, 0, 1) whose gradient is kept wherever it would move x back inside: a shut gate can open again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clamp(0.0, 1.0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        # Descent moves x by -grad: below 0 only a negative gradient leads back, above 1 only a positive one.
+        stuck = ((x < 0) & (grad > 0)) | ((x > 1) & (grad < 0))
+        return torch.where(stuck, torch.zeros_like(grad), grad)
+
+
+def hard_sigmoid(logit: Tensor) -> Tensor:
+    """clamp(1.2 sigmoid(logit) - 0.1, 0, 1): exactly 0 below logit -2.4, exactly 1 above 2.4, and able to come back."""
+    return _Clamp01.apply(1.2 * torch.sigmoid(logit) - 0.1)
+
+
+def under_transform(x: Tensor) -> bool:
+    """Is x inside torch.func.vmap or torch.func.grad, where its values cannot be looked at?"""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def rope(x: Tensor, position: int, base: float) -> Tensor:
+    """Rotary position embedding (Su et al. 2021). x [B, T, H, D], D even; token t is rotated by position + t.
+
+    Pairs are (x_i, x_{i + D/2}) with frequency base^(-2i/D); angles are computed in fp32.
+    """
+    T, D = x.shape[1], x.shape[-1]
+    freq = base ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angle = torch.arange(position, position + T, device=x.device, dtype=torch.float32)[:, None] * freq
+    cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class CausalConv(nn.Module):
+    """y_t = sum_j W_j x_{t-w+1+j} (+ bias): a dense causal convolution over w tokens, [B, T, d_in] -> [B, T, d_out]."""
+
+    def __init__(self, d_in: int, d_out: int, width: int, *, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, width))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+
+    def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`past` [B, d_in, w - 1] holds the inputs before x (None: zeros). Returns (y, the new past)."""
+        width = self.weight.shape[-1]
+        x = x.transpose(1, 2)
+        x = F.pad(x, (width - 1, 0)) if past is None else torch.cat([past.to(x.dtype), x], dim=-1)
+        y = F.conv1d(x, self.weight, self.bias)
+        return y.transpose(1, 2), x[..., x.shape[-1] - (width - 1) :]
+
+
+class SwiGLU(nn.Module):
+    """W_2 (silu(W_1 x) * W_3 x), without biases (Shazeer 2020)."""
+
+    def __init__(self, d: int, hidden: int):
+        super().__init__()
+        self.gate = nn.Linear(d, hidden, bias=False)
+        self.up = nn.Linear(d, hidden, bias=False)
+        self.down = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: WindowState | None) -> Tensor:
+    """Causal softmax attention over the last `window` tokens, the current one included.
+
+    q, k, v [B, H, T, D]; `past` holds the keys and values of up to window - 1 earlier tokens. Returns [B, H, T, D].
+    The sequence is folded into blocks of `window` tokens, each attending to itself and the block before: one SDPA
+    call, linear in T, with a backward on every device.
+    """
+    B, H, T, D = q.shape
+    c = 0 if past is None else past.keys.shape[2]
+    if past is not None and T == 1:
+        k, v = (torch.cat([p.to(x.dtype), x], dim=2) for p, x in ((past.keys, k), (past.values, v)))
+        return F.scaled_dot_product_attention(q, k, v)
+    n = -(-T // window)
+    tail = n * window - T
+    q = F.pad(q, (0, 0, 0, tail)).reshape(B, H, n, window, D)
+
+    def fold(
+        x, before
+    ):  # [B, H, T, D] -> [B, H, n, 2 window, D]: block b holds tokens (b - 1) window .. (b + 1) window
+        if before is not None:
+            x = torch.cat([before.to(x.dtype), x], dim=2)
+        x = F.pad(x, (0, 0, window - c, tail)).reshape(B, H, n + 1, window, D)
+        return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3)
+
+    k, v = fold(k, None if past is None else past.keys), fold(v, None if past is None else past.values)
+    i = torch.arange(window, device=q.device)[:, None]
+    j = torch.arange(2 * window, device=q.device)[None, :]
+    mask = (j > i) & (j <= i + window)  # key j of the folded pair lies at token j - window of the block
+    first = mask & (j >= window - c)  # the block before the first holds `past` and, before that, padding
+    mask = torch.cat([first[None], mask.expand(n - 1, -1, -1)])  # [n, window, 2 window]
+    fold_batch = lambda x: x.transpose(1, 2).flatten(0, 1)  # noqa: E731  [B, H, n, ...] -> [B n, H, ...]
+    mask = mask[None, :, None].expand(B, n, 1, window, 2 * window).flatten(0, 1)
+    q, k, v = fold_batch(q), fold_batch(k), fold_batch(v)
+    if under_transform(q):  # SDPA has no batching rule for vmap and would run member by member
+        scores = (q @ k.mT / math.sqrt(D)).masked_fill(~mask, -math.inf)
+        out = torch.softmax(scores, dim=-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.unflatten(0, (B, n)).transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
+
+
+class _LeanCrossEntropy(torch.autograd.Function):
+    """Sum over rows of cross-entropy(x W^T, target) that never holds more than `rows` rows of logits.
+
+    Both gradients are formed on the way forward, part by part; W's accumulates in fp32 whatever the matmul dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows, dtype):
+        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w = weight.to(dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss = torch.zeros((), device=x.device, dtype=wide)
+        dx = torch.empty_like(x) if need else None
+        dw = torch.zeros_like(weight, dtype=wide) if need else None
+        for start in range(0, x.shape[0], rows):
+            part = x[start : start + rows].to(dtype)
+            target = targets[start : start + rows, None]
+            logits = (part @ w.T).to(wide)
+            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+            loss += (lse - logits.gather(1, target)).sum()
+            if need:
+                grad = logits.sub_(lse).exp_()  # softmax, in place
+                grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
+                grad = grad.to(dtype)
+                dx[start : start + rows] = grad @ w
+                dw += grad.T @ part
+        if need:
+            ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, (dw * grad), None, None, None
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the logits x W^T over the targets that are not -100.
+
+    x [B, T, d], weight [vocab, d], targets [B, T] int64. Small logits are built whole; large ones row block by row
+    block, at scored rows only, so that the vocabulary never meets the sequence in memory. Without a scored
+    target the loss is 0.
+    """
+    count = (targets != -100).sum().clamp_min(1)
+    if targets.numel() * weight.shape[0] <= WHOLE_LOGITS:
+        logits = F.linear(x, weight)
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum") / count
+    scored = targets != -100
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    rows = max(1, WHOLE_LOGITS * 3 // weight.shape[0])
+    with torch.autocast(kind, enabled=False):
+        return _LeanCrossEntropy.apply(x[scored], weight, targets[scored], rows, dtype) / count
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+class MemoryLayer(nn.Module):
+    """G: a gated delta rule. Writes value v under key k with strength beta, lets the memory decay by e^g, reads it.
+
+    The write at t pairs, with `shifted_value`, the key and beta of t - 1 with the value of t: what follows a marker is
+    stored under it, so seeing the marker again recalls what followed. The read at t uses the key of t (or a query of
+    its own).
+    """
+
+    def __init__(self, cfg: config.HybridConfig):
+        super().__init__()
+        self.cfg = cfg
+        d, H, K, V = cfg.d_model, cfg.n_heads, cfg.head_dim, cfg.value_dim
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.context_conv = CausalConv(d, d, cfg.key_context_conv, bias=True) if cfg.key_context_conv else None
+        self.key = (
+            CausalConv(d, H * K, cfg.key_conv_width, bias=False)
+            if cfg.key_conv_width
+            else nn.Linear(d, H * K, bias=False)
+        )
+        self.query = None
+        if cfg.query_conv_width:
+            self.query = CausalConv(d, H * K, cfg.query_conv_width, bias=False)
+        elif cfg.query_proj:
+            self.query = nn.Linear(d, H * K, bias=False)
+        self.value = nn.Linear(d, H * V, bias=False)
+        self.out = nn.Linear(H * V, d, bias=False)
+        self.write_gate = nn.Linear(d, H)
+        if cfg.decay != "none":
+            self.decay_gate = nn.Linear(d, H)
+        if cfg.decay == "mamba":
+            self.log_rate = nn.Parameter(torch.zeros(H))
+        if cfg.key_bank_slots:
+            # Orthonormal rows per head, fixed: QR of a seeded Gaussian.
+            gaussian = torch.randn(H, K, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            bank = torch.linalg.qr(gaussian).Q[:, : cfg.key_bank_slots].float()
+            self.register_buffer("key_bank", bank, persistent=False)
+
+    @torch.no_grad()
+    def set_gate_biases(self):
+        self.write_gate.bias.fill_(self.cfg.beta_bias)
+        if self.cfg.decay == "mamba":
+            # -exp(log_rate) softplus(-g_bias) = logsigmoid(g_bias): the same half-life at the start.
+            self.decay_gate.bias.fill_(-self.cfg.g_bias)
+        elif self.cfg.decay != "none":
+            self.decay_gate.bias.fill_(self.cfg.g_bias)
+
+    def gates(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Write strength beta in [0, 1] and log-decay g <= 0, both [B, T, H], from the normed input h [B, T, d].
+
+        In fp32 whatever the autocast: a bf16 sigmoid rounds to 1, and the memory of long sequences is lost.
+        """
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
+            logit = self.write_gate(h)
+            beta = hard_sigmoid(logit) if self.cfg.write_gate == "hard" else torch.sigmoid(logit)
+            if self.cfg.decay == "none":
+                return beta, torch.zeros_like(beta)
+            logit = self.decay_gate(h)
+            if self.cfg.decay == "sigmoid":
+                return beta, F.logsigmoid(logit)
+            if self.cfg.decay == "mamba":
+                return beta, -self.log_rate.exp() * F.softplus(logit)
+            return beta, hard_sigmoid(logit).clamp_min(SHUT).log()
+
+    def bank_keys(self, keys: Tensor, tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the bank's keys where slot markers and write markers stand. keys [B, T, H, K], tokens [B, T], count [B]."""
+        cfg = self.cfg
+        slot = tokens - cfg.key_bank_start
+        hit = (slot >= 0) & (slot < cfg.key_bank_slots)
+        if cfg.key_bank_marker is not None:
+            marked = tokens == cfg.key_bank_marker
+            seen = count[:, None] + marked.cumsum(1)
+            slot = torch.where(marked, (seen - 1) % cfg.key_bank_slots, slot)
+            hit, count = hit | marked, seen[:, -1]
+        rows = self.key_bank.to(keys.dtype).transpose(0, 1)[torch.where(hit, slot, 0)]  # [B, T, H, K]
+        return torch.where(hit[..., None, None], rows, keys), count
+
+    def forward(self, x: Tensor, tokens: Tensor, state: MemoryState | None, position: int, record: dict | None):
+        """x [B, T, d] -> (x + read, Memory, MemoryState)."""
+        cfg = self.cfg
+        B, T, _ = x.shape
+        heads = (B, T, cfg.n_heads, -1)
+        h = self.norm(x)
+        pasts = (None, None, None) if state is None else state.convs
+        context, context_past = (h, None) if self.context_conv is None else self.context_conv(h, pasts[0])
+        key_past = query_past = None
+        if cfg.key_conv_width:
+            k, key_past = self.key(context, pasts[1])
+        else:
+            k = self.key(context)
+        if self.query is None:
+            q = None
+        elif cfg.query_conv_width:
+            q, query_past = self.query(h, pasts[2])
+        else:
+            q = self.query(h)
+        v = self.value(h).view(heads)
+        beta, g = self.gates(h)
+
+        count = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.count
+        counted = count
+
+        def finish(y):  # unit length, bank, rotation; in fp32, then back to the dtype of v
+            nonlocal counted
+            y = F.normalize(y.view(heads).to(torch.promote_types(y.dtype, torch.float32)), dim=-1)
+            if cfg.key_bank_slots:
+                y, counted = self.bank_keys(y, tokens, count)
+            if cfg.rope_keys:
+                y = rope(y, position, cfg.rope_base)
+            return y.to(v.dtype)
+
+        k = finish(k)
+        q = k if q is None else finish(q)
+        last_key, last_beta = k[:, -1], beta[:, -1]
+        if cfg.shifted_value:
+            before_k = torch.zeros_like(k[:, :1]) if state is None else state.last_key[:, None].to(k.dtype)
+            before_beta = torch.zeros_like(beta[:, :1]) if state is None else state.last_beta[:, None]
+            write_k = torch.cat([before_k, k[:, :-1]], dim=1)
+            beta = torch.cat([before_beta, beta[:, :-1]], dim=1)
+        else:
+            write_k = k
+        initial = None if state is None else state.memory
+        memory = core.delta_write(
+            write_k, v, beta, g, initial_state=initial, erase=cfg.erase, chunk_size=cfg.chunk_size, impl=cfg.impl
+        )
+        read = memory.read(q)
+        if record is not None:
+            record.update(keys=k.detach(), beta=beta.detach(), log_decay=g.detach(), state=memory.state.detach())
+            record.update(read=read.detach(), values=v.detach())
+        state = MemoryState(memory.state, last_key, last_beta, (context_past, key_past, query_past), counted)
+        return x + self.out(read.flatten(2)), memory, state
+
+
+class WindowLayer(nn.Module):
+    """S: softmax attention over the last W tokens, plus a gated read of the nearest preceding G layer's memory.
+
+    The read uses the query relu(W_q h) and is scaled per head by sigmoid(W_g h + b). Without a G layer before it the
+    layer is attention only and holds no read parameters.
+    """
+
+    def __init__(self, cfg: config.HybridConfig, *, reads_memory: bool):
+        super().__init__()
+        self.cfg = cfg
+        d, H, K, V = cfg.d_model, cfg.n_heads, cfg.head_dim, cfg.value_dim
+        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.q, self.k, self.v, self.out = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.reads_memory = reads_memory
+        if reads_memory:
+            self.read_query = nn.Linear(d, H * K, bias=False)
+            self.read_gate = nn.Linear(d, H)
+            self.read_out = nn.Linear(H * V, d, bias=False)
+
+    def forward(self, x: Tensor, memory, state: WindowState | None, position: int, record: dict | None):
+        """x [B, T, d] -> (x + attention + gated read, WindowState)."""
+        cfg = self.cfg
+        B, T, d = x.shape
+        h = self.norm(x)
+        q, k, v = (f(h).view(B, T, cfg.n_heads, -1) for f in (self.q, self.k, self.v))
+        if cfg.use_rope:
+            q, k = rope(q, position, cfg.rope_base), rope(k, position, cfg.rope_base)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T, d / H]
+        attended = self.out(window_attention(q, k, v, cfg.window_size, state).transpose(1, 2).reshape(B, T, d))
+        if record is not None:
+            record.update(window=attended.detach(), q=q.detach(), k=k.detach())
+        keep = cfg.window_size - 1
+        if state is not None:
+            k, v = (torch.cat([p.to(y.dtype), y], dim=2) for p, y in ((state.keys, k), (state.values, v)))
+        start = max(k.shape[2] - keep, 0)
+        state = WindowState(k[:, :, start:], v[:, :, start:])
+        y = x + attended
+        if self.reads_memory:
+            query = F.relu(self.read_query(h)).view(B, T, cfg.n_heads, -1)
+            gate = torch.sigmoid(self.read_gate(h))
+            read = memory.read(query) * gate[..., None]
+            recalled = self.read_out(read.flatten(2))
+            if record is not None:
+                record.update(read_query=query.detach(), read_gate=gate.detach(), recalled=recalled.detach())
+            y = y + recalled
+        return y, state
+
+
+class TransparentHybrid(nn.Module):
+    """A language model over tokens [B, T]: embedding, then per letter of `layer_pattern` a G or S layer and a SwiGLU,
+    a final RMSNorm, and a head tied to the embedding.
+    """
+
+    def __init__(self, cfg: config.HybridConfig, *, generator: torch.Generator | None = None):
+        """Weights are drawn from `generator` (None: a generator seeded with 0), so equal seeds give equal models."""
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.layers, self.norms, self.ffns = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for i, letter in enumerate(cfg.layer_pattern):
+            reads = "G" in cfg.layer_pattern[:i]
+            self.layers.append(MemoryLayer(cfg) if letter == "G" else WindowLayer(cfg, reads_memory=reads))
+            self.norms.append(nn.RMSNorm(cfg.d_model, eps=1e-6))
+            self.ffns.append(SwiGLU(cfg.d_model, cfg.ffn_dim))
+        self.norm = nn.RMSNorm(cfg.d_model, eps=1e-6)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None):
+        """Matrices N(0, init_std), norms 1, biases 0 but for the gates' (`beta_bias`, `g_bias`)."""
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                p.copy_(torch.randn(p.shape, generator=generator) * self.cfg.init_std)
+            elif name.endswith("bias") or name.endswith("log_rate"):
+                p.zero_()
+            else:
+                p.fill_(1.0)
+        for layer in self.layers:
+            if isinstance(layer, MemoryLayer):
+                layer.set_gate_biases()
+
+    def count_params(self) -> int:
+        """Number of trainable parameters; the tied embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        state: HybridState | None = None,
+        diagnostics: bool = False,
+    ) -> Output:
+        """tokens [B, T] int64, T >= 1; targets [B, T] int64 with -100 where nothing is scored.
+
+        positions: boolean [B, T]; logits are built for these N positions only, as [N, vocab].
+        state: go on from an earlier call; the sequence is then the continuation of what that call saw.
+        diagnostics: record keys, gates, states and reads of every layer (costs memory; nothing when False).
+        Raises ValueError for tokens of another rank, dtype or outside the vocabulary (values are checked on the CPU; on
+        a GPU the check would wait for the device, and the embedding raises there).
+        """
+        self._check(tokens, targets, positions, state)
+        x = self.embed(tokens)
+        position = 0 if state is None else state.position
+        memory, states, records = None, [], [] if diagnostics else None
+        for i, (letter, layer) in enumerate(zip(self.cfg.layer_pattern, self.layers, strict=True)):
+            before = None if state is None else state.layers[i]
+            record = {"layer": letter, "index": i} if diagnostics else None
+            if letter == "G":
+                x, memory, after = layer(x, tokens, before, position, record)
+            else:
+                x, after = layer(x, memory, before, position, record)
+            x = x + self.ffns[i](self.norms[i](x))
+            states.append(after)
+            if diagnostics:
+                records.append(record)
+        x = self.norm(x)
+        loss = None if targets is None else cross_entropy(x, self.embed.weight, targets)
+        logits = None
+        if positions is not None:
+            logits = F.linear(x[positions], self.embed.weight)
+        elif targets is None:
+            logits = F.linear(x, self.embed.weight)
+        return Output(logits, loss, records, HybridState(tuple(states), position + tokens.shape[1]))
+
+    def step(self, token: Tensor, state: HybridState | None = None) -> tuple[Tensor, HybridState]:
+        """One token [B] -> (logits [B, vocab] for the next one, state). The state's size does not grow with time."""
+        out = self(token[:, None], state=state)
+        return out.logits[:, 0], out.state
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        n_tokens: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue the prompt tokens [B, T] by n_tokens: greedily at temperature 0, else by sampling. Returns [B, n]."""
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens = {n_tokens!r}: needs an integer of at least 1")
+        if temperature < 0:
+            raise ValueError(f"temperature = {temperature!r}: needs a number of at least 0")
+        last = torch.zeros_like(tokens, dtype=torch.bool)
+        last[:, -1] = True
+        out = self(tokens, positions=last)
+        logits, state, produced = out.logits, out.state, []
+        while True:
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                probs = torch.softmax(logits.float() / temperature, dim=-1)
+                token = torch.multinomial(probs, 1, generator=generator)[:, 0]
+            produced.append(token)
+            if len(produced) == n_tokens:
+                return torch.stack(produced, dim=1)
+            logits, state = self.step(token, state)
+
+    def _check(self, tokens, targets, positions, state):
+        if tokens.ndim != 2 or tokens.shape[1] < 1 or tokens.dtype != torch.long:
+            raise ValueError(f"tokens: needs int64 [B, T] with T >= 1, was given {tokens.dtype} {list(tokens.shape)}")
+        for name, value, dtype in (("targets", targets, torch.long), ("positions", positions, torch.bool)):
+            if value is not None and (value.shape != tokens.shape or value.dtype != dtype):
+                given = f"{value.dtype} {list(value.shape)}"
+                raise ValueError(
+                    f"{name}: needs {dtype} of the shape of tokens {list(tokens.shape)}, was given {given}"
+                )
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ValueError(f"state: has {len(state.layers)} layers, the model {len(self.layers)}")
+        if tokens.device.type == "cpu" and not under_transform(tokens):
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.cfg.vocab_size:
+                raise ValueError(
+                    f"tokens: ids run from {low} to {high}, but the vocabulary has {self.cfg.vocab_size}; "
+                    "raise HybridConfig.vocab_size or use the tokenizer that the model was built for"
+                )
+
+
+def build(cfg: config.Settings, *, seed: int = 0) -> nn.Module:
+    """The model that a configuration describes, its weights drawn from `seed`.
+
+    Raises ValueError for a configuration that no model of this module takes.
+    """
+    if isinstance(cfg, config.HybridConfig):
+        return TransparentHybrid(cfg, generator=torch.Generator().manual_seed(seed))
+    raise ValueError(f"cfg: no model is built from {type(cfg).__name__}; HybridConfig is")

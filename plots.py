@@ -1,0 +1,247 @@
+"""Figures from what analysis and training return. Every function takes tables and returns a matplotlib figure.
+
+Colours are Okabe and Ito's, which every common kind of colour vision tells apart; intervals are always drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import display
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def style() -> None:
+    """One look for every figure; called by each plot, so a notebook needs no set-up."""
+    plt.rcParams.update(
+        {
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.alpha": 0.25,
+            "figure.dpi": 90,
+            "savefig.bbox": "tight",
+            "font.size": 10,
+            "legend.frameon": False,
+        }
+    )
+
+
+def _new(columns: int = 1, *, width: float = 5.2, height: float = 3.4, sharex: bool = False):
+    style()
+    size = (width * columns, height)
+    fig, axes = plt.subplots(1, columns, figsize=size, squeeze=False, sharex=sharex, layout="constrained")
+    plt.close(fig)  # shown by being the value of a cell, not a second time by the inline backend
+    return fig, axes[0]
+
+
+def _require_columns(table: pd.DataFrame, name: str, columns) -> None:
+    """ValueError unless `table` has rows and every one of `columns`."""
+    missing = [c for c in columns if c not in table.columns]
+    if not len(table) or missing:
+        raise ValueError(f"{name}: {len(table)} rows, columns {list(table.columns)}; needs rows and columns {missing}")
+
+
+def training(history: pd.DataFrame, *, floor: float | None = None, title: str = "") -> Figure:
+    """Loss of every part over steps (nats per scored token), phases shaded, with accuracy checks where there were any.
+
+    history: `Run.history`. floor: the task's irreducible loss, drawn where known (nan: unknown).
+    """
+    _require_columns(history, "history", ("step", "phase"))
+    losses = [c for c in history.columns if c.startswith("loss/") and history[c].notna().any()]
+    if not losses:
+        raise ValueError(
+            f"history: no loss in columns {list(history.columns)}; needs one named 'loss/...' with numbers"
+        )
+    checked = "accuracy" in history.columns and history["accuracy"].notna().any()
+    fig, axes = _new(2 if checked else 1, sharex=True)
+    for column in losses:
+        part = history[history[column].notna()]
+        # A line needs two points; the first one is drawn as a dot.
+        dot = "." if len(part) == 1 else None
+        axes[0].plot(part["step"], part[column], marker=dot, label=column.removeprefix("loss/"))
+    top = history[losses].max().max()
+    if floor is not None and np.isfinite(floor):
+        top = max(top, floor)
+        axes[0].axhline(floor, color="0.4", ls="--", lw=1, label=f"floor {floor:.2f}")
+    if np.isfinite(top) and top > 0:  # a little room below, or a floor of 0 would lie under the axis
+        axes[0].set_ylim(-0.03 * top, 1.05 * top)
+    axes[0].set(xlabel="step", ylabel="loss (nats per scored token)")
+    axes[0].legend()
+    if checked:
+        part = history[history["accuracy"].notna()]
+        axes[1].plot(part["step"], part["accuracy"], marker="o", ms=3)
+        axes[1].fill_between(part["step"], part["accuracy_low"], part["accuracy_high"], alpha=0.2)
+        axes[1].set(xlabel="step", ylabel="accuracy on fresh rows (95% interval)", ylim=(-0.03, 1.03))
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    for ax in axes:
+        _shade_phases(ax, history)
+    fig.suptitle(title, fontsize="large")
+    return fig
+
+
+def _shade_phases(ax, history: pd.DataFrame) -> None:
+    """Shade every other phase and name them above the axes, in two rows where neighbours could collide."""
+    spans = history.groupby("phase", sort=False)["step"].agg(["min", "max"])
+    if len(spans) < 2:
+        return
+    ends = [*spans["min"].iloc[1:], spans["max"].iloc[-1]]  # a phase lasts until the next one logs
+    for i, (low, high) in enumerate(zip(spans["min"], ends, strict=True)):
+        if i % 2:
+            ax.axvspan(low, high, color="0.5", alpha=0.1, lw=0)
+    middles = [(low + high) / 2 for low, high in zip(spans["min"], ends, strict=True)]
+    names = [f"{name}\n" if len(spans) > 2 and i % 2 else str(name) for i, name in enumerate(spans.index)]
+    above = ax.secondary_xaxis("top")
+    above.set_xticks(middles, names, fontsize=8, color="0.35")
+    above.tick_params(length=0, pad=1)
+
+
+def accuracies(
+    table: pd.DataFrame,
+    x: str,
+    *,
+    xlabel: str,
+    chance: float | None = None,
+    log: bool = False,
+    by: str | None = None,
+    mark: tuple[float, str] | None = None,
+) -> Figure:
+    """Accuracy with its interval against a number: length, distance, needles. `by` gives one line per value of a column.
+
+    table: columns x, accuracy, low, high. mark: (x, text) draws a vertical line, such as the training length.
+    """
+    _require_columns(table, "table", [x, "accuracy", "low", "high", *([by] if by else [])])
+    fig, (ax,) = _new()
+    groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
+    for name, part in groups:
+        gap = np.stack([part["accuracy"] - part["low"], part["high"] - part["accuracy"]]).clip(min=0)
+        ax.errorbar(part[x], part["accuracy"], yerr=gap, marker="o", ms=4, capsize=3, label=str(name) or None)
+    if chance is not None:
+        ax.axhline(chance, color="0.4", ls="--", lw=1, label=f"chance {chance:.1%}")
+    if mark is not None:
+        ax.axvline(mark[0], color="0.6", ls=":", lw=1.2, label=mark[1])
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(set(table[x])), [f"{v:,}" for v in sorted(set(table[x]))])
+        ax.minorticks_off()
+    ax.set(xlabel=xlabel, ylabel="accuracy (95% interval)", ylim=(-0.03, 1.05))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return fig
+
+
+def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title: str = "") -> Figure:
+    """One bar per row of a table with columns `label`, accuracy, low, high; the interval as a whisker."""
+    _require_columns(table, "table", (label, "accuracy", "low", "high"))
+    fig, (ax,) = _new(width=6.0, height=0.9 + 0.42 * max(2, len(table)))
+    y = np.arange(len(table))
+    gap = np.stack([table["accuracy"] - table["low"], table["high"] - table["accuracy"]]).clip(min=0)
+    ax.barh(y, table["accuracy"], xerr=gap, capsize=3, height=0.6, color=COLOURS[0], ecolor="0.2")
+    if chance is not None:
+        ax.axvline(chance, color=COLOURS[1], ls="--", lw=1.2, label=f"chance {chance:.1%}")
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which may be full
+    for i, (value, high) in enumerate(zip(table["accuracy"], table["high"], strict=True)):
+        ax.text(max(value, high) + 0.015, i, f"{value:.1%}", va="center", fontsize=9)
+    ax.set_yticks(y, table[label])
+    ax.invert_yaxis()
+    ax.set(xlabel="accuracy (95% interval)", xlim=(0, 1.15), xticks=np.linspace(0, 1, 6), title=title)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    return fig
+
+
+def state(memory, *, title: str = "state", limit: int = 4) -> Figure:
+    """Heat map of the memory of the first sequence: one panel per head (at most `limit`), keys down, values across.
+
+    memory: tensor [B, H, K, V].
+    """
+    if memory.ndim != 4:
+        raise ValueError(f"memory: needs [B, H, K, V], was given {list(memory.shape)}")
+    S = memory[0, :limit].detach().float().cpu().numpy()
+    largest = float(np.abs(S).max()) or 1.0
+    fig, axes = _new(len(S), width=2.9, height=2.6)
+    for h, ax in enumerate(axes):
+        image = ax.imshow(S[h], cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+        ax.grid(False)
+        ax.set(title=f"{title}, head {h}", xlabel="value dimension", ylabel="key dimension" if h == 0 else "")
+    fig.colorbar(image, ax=list(axes), shrink=0.85, label="weight")
+    return fig
+
+
+def similarity(matrix, labels, *, title: str = "cosine similarity of keys") -> Figure:
+    """Square heat map with one label per row, for keys or reads. matrix [n, n], values in [-1, 1]."""
+    n = len(labels)
+    if np.shape(matrix) != (n, n):
+        raise ValueError(f"matrix: needs one row and column for each of {n} labels, was given {list(np.shape(matrix))}")
+    fig, (ax,) = _new(width=2.4 + 0.28 * n, height=1.6 + 0.26 * n)
+    image = ax.imshow(np.asarray(matrix), cmap="RdBu_r", vmin=-1, vmax=1)
+    ax.grid(False)
+    ax.set_xticks(range(n), labels, rotation=60, ha="right")
+    ax.set_yticks(range(n), labels)
+    ax.set_title(title)
+    fig.colorbar(image, ax=ax, shrink=0.8, label="cosine")
+    return fig
+
+
+def gates(record: dict, *, marks=(), title: str = "") -> Figure:
+    """Write strength and decay by token for the first sequence of a G layer's diagnostics, one line per head.
+
+    marks: positions to point out, such as markers.
+    """
+    beta = record["beta"][0].float().cpu().numpy()
+    decay = record["log_decay"][0].float().exp().cpu().numpy()
+    fig, axes = _new(2, height=2.8)
+    for ax, values, name in zip(axes, (beta, decay), ("write strength beta", "share kept per token, e^g"), strict=True):
+        for h in range(values.shape[1]):
+            ax.plot(values[:, h], lw=1, label=f"head {h}")
+        for i, m in enumerate(marks):
+            ax.axvline(m, color="0.35", lw=0.8, ls=":", label="marker" if i == 0 else None)
+        ax.set(xlabel="token", ylabel=name, ylim=(-0.03, 1.05))
+    axes[0].legend(fontsize=8, ncols=2)
+    axes[0].set_title(title)
+    return fig
+
+
+class LiveCurve:
+    """Hand to `train.fit(on_log=...)`: the training figure, redrawn in place while the run goes on.
+
+    Without an interactive front end (WORKBOOK_HEADLESS set, or no notebook kernel) nothing is drawn until `finish`.
+    Drawing takes at most about a tenth of the time.
+    """
+
+    def __init__(self, *, every: float = 2.0, floor: float | None = None, title: str = ""):
+        """every: least seconds between two drawings."""
+        self.every, self.floor, self.title = every, floor, title
+        self.rows: list[dict] = []
+        self._next, self._handle = 0.0, None
+        self.live = get_ipython() is not None and not os.environ.get("WORKBOOK_HEADLESS")
+
+    def __call__(self, rows: list[dict]) -> None:
+        self.rows = rows
+        start = time.monotonic()
+        if self.live and start >= self._next:
+            self._show()
+            now = time.monotonic()
+            self._next = now + max(self.every, 10 * (now - start))
+
+    def _show(self) -> None:
+        figure = training(pd.DataFrame(self.rows), floor=self.floor, title=self.title)
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)
+        else:
+            self._handle.update(figure)
+
+    def finish(self) -> None:
+        """Leave one clean figure of the whole run in the cell."""
+        if self.rows:
+            self._show()
