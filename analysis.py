@@ -393,7 +393,8 @@ def diagnose(model: models.TransparentHybrid, tokens: Tensor) -> pd.DataFrame:
     beta: mean write strength. half_life: tokens after which the mean log-decay has halved the memory (inf: no decay), and
     `best_half_life` that of the head that remembers longest, which the mean can hide.
     key_similarity: mean |cosine| between keys of different positions; `random_keys` is its value for random directions,
-    sqrt(2 / (pi K)). state_rank: exp of the entropy of the normalised singular values of the final state, 0 for an empty one.
+    Gamma(K / 2) / (sqrt(pi) Gamma((K + 1) / 2)), about sqrt(2 / (pi K)).
+    state_rank: exp of the entropy of the normalised singular values of the final state, 0 for an empty one.
     Norms are means over positions (or heads). Time and memory grow with T^2; a thousand tokens are enough.
     """
     rows = []
@@ -413,7 +414,7 @@ def diagnose(model: models.TransparentHybrid, tokens: Tensor) -> pd.DataFrame:
                 "half_life": _half_life(float(g.mean())),
                 "best_half_life": _half_life(float(g.max())),
                 "key_similarity": float(off),
-                "random_keys": math.sqrt(2 / (math.pi * K)),
+                "random_keys": math.exp(math.lgamma(K / 2) - math.lgamma((K + 1) / 2)) / math.sqrt(math.pi),
                 "state_norm": float(r["state"].float().norm(dim=(-2, -1)).mean()),
                 "state_rank": float(rank.mean()),
                 "read_norm": float(r["read"].float().norm(dim=-1).mean()),

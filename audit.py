@@ -27,7 +27,7 @@ def require(table: pd.DataFrame) -> pd.DataFrame:
     """
     if "ok" not in table or not len(table):
         raise ValueError(f"table: nothing to require in {len(table)} rows of columns {list(table.columns)}")
-    bad = table[[value is None or value != value or not bool(value) for value in table["ok"]]]
+    bad = table[[bool(pd.isna(value)) or not value for value in table["ok"]]]
     if len(bad):
         raise RuntimeError("audit failed:\n" + bad.to_string(index=False))
     return table
@@ -155,7 +155,8 @@ def moved(model, before: dict[str, torch.Tensor]) -> pd.DataFrame:
 
     Pure bf16 weights are the classic case: steps below half a unit in the last place round away, and biases never move.
     ok where any element changed, all are finite, and the change is more than a common shrinking (`only decayed`), which
-    weight decay does to parameters that no gradient ever reaches. ValueError for a snapshot of another model.
+    weight decay does to parameters that no gradient ever reaches; it shows in those of at least 16 elements that did not
+    all start equal. ValueError for a snapshot of another model.
     """
     now = snapshot(model)
     other = sorted(set(now) ^ set(before)) or [n for n in now if now[n].shape != before[n].shape]
@@ -167,9 +168,11 @@ def moved(model, before: dict[str, torch.Tensor]) -> pd.DataFrame:
         change = new - old
         share = float((p != before[name]).float().mean())
         size = float(change.norm() / old.norm()) if old.any() else math.inf if share else 0.0
-        # Decay leaves c * old, up to rounding; a gradient has no reason to point along the parameter.
+        # Decay leaves c * old, up to rounding. A gradient has no reason to point along the parameter, unless it has few
+        # elements or all alike, such as gate biases, which a step of Adam may well move together.
+        telling = p.numel() >= 16 and bool((old != old.flatten()[0]).any())
         along = float((new * old).sum() / (old * old).sum()) if old.any() else 1.0
-        decayed = p.numel() > 1 and along < 1 and bool((new - along * old).norm() <= 0.05 * change.norm())
+        decayed = telling and along < 1 and bool((new - along * old).norm() <= 0.05 * change.norm())
         row = {"parameter": name, "share moved": share, "relative change": size, "only decayed": decayed}
         rows.append(row | {"ok": share > 0 and not decayed and bool(p.isfinite().all())})
     return pd.DataFrame(rows)

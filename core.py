@@ -11,12 +11,14 @@ that is: decay everything, look up what key k_t recalls, and move that answer a 
     out = memory.read(q)                                  ... read with as many sets of queries as there are layers
     out, state = core.delta_step(q, k, v, beta, g, state) one token, for generation
 
-Letters: B batch, T tokens, H heads, K key width, V value width, C chunk length, N chunks. Sources: Yang et al., "Parallelizing Linear
-Transformers with the Delta Rule over Sequence Length" (2024) and "Gated Delta Networks" (2024).
+Letters: B batch, T tokens, H heads, K key width, V value width, C chunk length, N chunks.
+Sources: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" (2024) and "Gated Delta
+Networks: Improving Mamba2 with Delta Rule" (2024).
 """
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import NamedTuple
 
@@ -35,7 +37,7 @@ class DeltaOutput(NamedTuple):
     state: torch.Tensor
 
 
-class Memory:
+class Memory(abc.ABC):
     """What `delta_write` wrote, readable at every position: position t sees the writes at positions <= t and no later one.
 
     `state [B, H, K, V]` is the state after the last token (float32; float64 for float64 inputs). It carries gradients, and as the
@@ -48,16 +50,17 @@ class Memory:
     def read(self, q: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """`o_t = scale * S_t^T q_t` for queries `q [B, T, H, K]`; returns `[B, T, H, V]` in the dtype of q.
 
-        Shape, dtype and device of q are those of the written keys; anything else is a ValueError. Several reads of one memory share
-        its write, and their gradients add up in it.
+        Shape, dtype and device of q are those of the written keys; anything else is a ValueError. Several reads of one
+        memory share its write, and their gradients add up in it.
         """
         _check_tensor("q", q, "[B, T, H, K]", self._k.shape, (self._k.dtype,), self._k.device)
         _check_scale(scale)
         with _full_precision(q.device):
             return self._read(q, float(scale))
 
+    @abc.abstractmethod
     def _read(self, q, scale):
-        raise NotImplementedError
+        """`read` without checks, autocast already off."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,11 +116,11 @@ class _ReferenceMemory(Memory):
 # so only the two products with S wait for the chunk before. With erase="raw" token i recalls from a state that has decayed up to
 # token i - 1 only: gc_i becomes gc_{i-1} in L and in front of k S, and nothing is divided by a decay that may have underflowed.
 #
-# Written as two autograd functions with hand-written backwards, because autograd's own would keep or rebuild a dozen tensors of
-# this size: _Write maps (k, v, beta, g, S0) to (new_v, entry states, last state, T), _Read adds the queries. Both keep their inputs
-# and outputs and rebuild the rest. What lies between is laid out chunks first, [N, B H, C, *], so that the chunks of one step of
-# the chain lie together, and is built for a group of chunks at a time: on a CPU a group fits in cache, and fresh memory, whose
-# every page costs a fault, would otherwise take longer to come by than the arithmetic.
+# Written as two autograd functions with hand-written backwards, because autograd's own would keep a dozen tensors of this
+# size: _Write maps (k, v, beta, g, S0) to (new_v, states, T), _Read adds the queries. Both keep their inputs and outputs and
+# rebuild the rest. What lies between is laid out chunks first, [N, B H, C, *], so that the chunks of one step of the chain
+# lie together, and is built for a group of chunks at a time: on a CPU a group fits in cache, where fresh memory, every page
+# of which costs a fault, would take longer to come by than the arithmetic.
 
 GROUP_CPU, GROUP_GPU = 64, 2048  # chunks of C tokens, over all sequences and heads, that are worked on at once
 
@@ -197,6 +200,11 @@ def _after(x):
     return x.flip(-1).cumsum(-1).flip(-1)
 
 
+def _gate_gradient(g, dg):
+    """dg, and zero where e^g is zero: a gradient of g has the factor e^g, which sums that cancel do not show exactly."""
+    return torch.where(g.exp() > 0, dg, 0.0)
+
+
 def _dot(x, y):
     """Scalar product over the last axis."""
     return (x * y).sum(-1)
@@ -213,8 +221,8 @@ def _write_group(lay, a, b, k, v, beta, g, new_v, states, T, raw):
     from_start, to_end, whole, pairs = _decays(g, raw=raw, strict=True)
     L = torch.bmm(_rows(beta, k), k.mT).mul_(pairs)
     eye = torch.eye(lay.C, dtype=k.dtype, device=k.device).expand_as(L)
-    # Solved from the right, whose row-major result needs no copy. Forward substitution stays exact where keys are nearly parallel;
-    # a product of powers of L does not.
+    # Solved from the right, whose row-major result needs no copy. Substitution keeps its accuracy where keys are nearly
+    # parallel; a product of powers of L does not.
     T = T.flatten(0, 1)
     torch.linalg.solve_triangular(L, eye, upper=False, unitriangular=True, left=False, out=T)
     T_beta = T * beta[:, None, :]
@@ -263,7 +271,7 @@ def _read_forward(q, k, g, new_v, states, scale, C):
 
 
 def _both_forward(q, k, v, beta, g, S0, scale, C, raw):
-    """Write and read group by group, keeping nothing: what no backward needs, and a third faster on a CPU for it."""
+    """Write and read group by group, keeping nothing: for when no gradient is wanted."""
     lay = _Layout(q, C)
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     new_v, states, T = _buffers(lay, lay.groups[0][1], k, v, S0)
@@ -311,7 +319,8 @@ def _write_backward(k, v, beta, g, new_v, states, T, d_new_v, d_states, d_last, 
         if raw:  # row i decays up to token i - 1 only
             d_row = F.pad(d_row, (-1, 1))
         d_whole = whole * _dot(d_ends.flatten(1), S.flatten(1))
-        lay.store(dg, _after(d_row - _dot(k_, cols)) + F.pad(to_last.cumsum(1), (1, -1)) + d_whole[:, None], a, b)
+        dg_ = _after(d_row - _dot(k_, cols)) + F.pad(to_last.cumsum(1), (1, -1)) + d_whole[:, None]
+        lay.store(dg, _gate_gradient(g_, dg_), a, b)
         lay.store(dk, write.add_(cols).add_(_rows(beta_, rows)), a, b)
         lay.store(dv, _rows(beta_, gR), a, b)
     return dk, dv, d_beta, dg, dS.reshape(lay.B, lay.H, K, V)
@@ -335,7 +344,7 @@ def _read_backward(q, k, g, new_v, states, d_out, scale, C):
         diagonal.zero_()
         rows = _rows(from_start, torch.bmm(d_out_, states[a:b].flatten(0, 1).mT)).baddbmm_(M, k_)
         cols = torch.bmm(M.mT, q_)
-        lay.store(dg, _after(_dot(q_, rows) - _dot(k_, cols)), a, b)
+        lay.store(dg, _gate_gradient(g_, _after(_dot(q_, rows) - _dot(k_, cols))), a, b)
         lay.store(dq, rows.add_(_rows(own, k_)).mul_(scale), a, b)
         lay.store(dk, cols.add_(_rows(own, q_)), a, b)
     return dq, dk, dg, d_new_v, d_states
@@ -344,8 +353,8 @@ def _read_backward(q, k, g, new_v, states, d_out, scale, C):
 def _folds_members(inputs, outputs):
     """Class decorator: torch.func.vmap over an autograd function joins the mapped axis to the batch.
 
-    `inputs` and `outputs` give the position of the batch axis B in every tensor argument and result. The functions themselves then
-    only ever see plain tensors, and may write in place.
+    `inputs` and `outputs` give the position of the batch axis B in every tensor argument and result. The functions
+    themselves then only ever see plain tensors, and may write in place.
     """
 
     def decorate(cls):
@@ -360,10 +369,12 @@ def _folds_members(inputs, outputs):
                 )
                 return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-            tensors = [x if x is None else fold(x, d, axis) for x, d, axis in zip(args, in_dims, inputs)]
+            tensors = [x if x is None else fold(x, d, axis) for x, d, axis in zip(args, in_dims, inputs, strict=False)]
             results = cls.apply(*tensors, *args[len(inputs) :])
             many = isinstance(results, tuple)
-            results = [x.unflatten(axis, (E, -1)) for x, axis in zip(results if many else (results,), outputs)]
+            results = [
+                x.unflatten(axis, (E, -1)) for x, axis in zip(results if many else (results,), outputs, strict=True)
+            ]
             return (tuple(results), outputs) if many else (results[0], outputs[0])
 
         cls.vmap = staticmethod(vmap)
@@ -410,13 +421,19 @@ class _Write(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         k, v, beta, g, S0, ctx.C, ctx.raw = inputs
-        new_v, states, _, T = output
-        ctx.has_entry = S0 is not None
+        new_v, states, last, T = output
+        ctx.has_entry, ctx.last_shape = S0 is not None, last.shape
         ctx.mark_non_differentiable(T)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(k, v, beta, g, new_v, states, T)
 
     @staticmethod
     def backward(ctx, d_new_v, d_states, d_last, _):
+        *_, new_v, states, _ = ctx.saved_tensors
+        if d_new_v is None:  # never read
+            d_new_v, d_states = torch.zeros_like(new_v), torch.zeros_like(states)
+        if d_last is None:
+            d_last = states.new_zeros(ctx.last_shape)
         with _full_precision(d_last.device):
             *grads, dS = _WriteBackward.apply(*ctx.saved_tensors, d_new_v, d_states, d_last, ctx.C, ctx.raw)
         return *grads, dS if ctx.has_entry else None, None, None
@@ -483,8 +500,11 @@ def _any(condition):
         return False
 
 
+NOT_TAKEN = object()  # in place of an argument that a function does not have
+
+
 def _validate(
-    *, k, v, beta, g, erase, q=None, state=None, state_name="initial_state", check_finite=False, lead="B, T, H"
+    *, k, v, beta, g, erase, q=NOT_TAKEN, state=None, state_name="initial_state", check_finite=False, lead="B, T, H"
 ):
     """The one validator. `lead` names the axes before the width: "B, T, H", or "B, H" for one token. Raises ValueError."""
     axes = lead.count(",") + 2
@@ -500,7 +520,7 @@ def _validate(
         raise ValueError(f"k: expected dtype {' or '.join(map(str, DTYPES))}, given {k.dtype}")
     B, H, K, V, tokens = k.shape[0], k.shape[-2], k.shape[-1], v.shape[-1], k.shape[:-1]
     same, gates = (k.dtype,), tuple(dict.fromkeys((k.dtype, state_dtype(k.dtype))))
-    if q is not None:
+    if q is not NOT_TAKEN:
         _check_tensor("q", q, f"[{lead}, K]", k.shape, same, k.device)
     _check_tensor("v", v, f"[{lead}, V]", (*tokens, V), same, k.device)
     _check_tensor("beta", beta, f"[{lead}]", tokens, gates, k.device)
@@ -514,7 +534,7 @@ def _validate(
         raise ValueError(f"g: expected log-decays of at most 0, given {g.max().item():g}")
     if check_finite:
         for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), (state_name, state)):
-            if x is not None and _any(~x.detach().isfinite()):
+            if isinstance(x, torch.Tensor) and _any(~x.detach().isfinite()):
                 raise ValueError(f"{name}: expected finite values, given {_count_bad(~x.detach().isfinite())}")
         if _any(g.detach().isnan()):  # -inf is a log-decay: everything is forgotten
             raise ValueError(f"g: expected values from -inf to 0, given {_count_bad(g.detach().isnan())}")
@@ -532,10 +552,10 @@ IMPLS = {"reference": _ReferenceMemory, "torch": _ChunkedMemory}
 def _choose(impl, device):
     """The implementation that runs for `impl` on `device`, and why. ValueError for one that cannot run: nothing falls back."""
     if impl == "auto":
-        return "torch", f"auto takes the chunked PyTorch path on {device.type}: there is no kernel for it"
+        return "torch", f"auto on {device.type}: the chunked PyTorch path, which runs on every device"
     if impl == "triton":
         raise ValueError(
-            "impl = 'triton': there are no Triton kernels in this workbook yet; 'auto' and 'torch' run on a GPU too"
+            "impl = 'triton': this workbook has no Triton kernels yet; 'torch' and 'auto' run on a GPU too"
         )
     if impl not in IMPLS:
         raise ValueError(f"impl = {impl!r}: choose one of 'auto', 'reference', 'torch', 'triton'")

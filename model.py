@@ -241,6 +241,17 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ layers
 
 
+class TokenMemory(NamedTuple):
+    """The memory after one token, read like `core.Memory`: generation needs no chunks."""
+
+    state: Tensor  # [B, H, K, V]
+
+    def read(self, q: Tensor) -> Tensor:
+        """q [B, 1, H, K] -> S^T q [B, 1, H, V], in the dtype of q."""
+        with torch.autocast(q.device.type, enabled=False):
+            return torch.einsum("bthk,bhkv->bthv", q.to(self.state.dtype), self.state).to(q.dtype)
+
+
 class MemoryLayer(nn.Module):
     """G: a gated delta rule. Writes value v under key k with strength beta, lets the memory decay by e^g, reads it.
 
@@ -354,6 +365,7 @@ class MemoryLayer(nn.Module):
 
         k = finish(k)
         q = k if q is None else finish(q)
+        gate = beta  # of each token's own key, wherever the write happens
         last_key, last_beta = k[:, -1], beta[:, -1]
         if cfg.shifted_value:
             before_k = torch.zeros_like(k[:, :1]) if state is None else state.last_key[:, None].to(k.dtype)
@@ -363,12 +375,17 @@ class MemoryLayer(nn.Module):
         else:
             write_k = k
         initial = None if state is None else state.memory
-        memory = core.delta_write(
-            write_k, v, beta, g, initial_state=initial, erase=cfg.erase, chunk_size=cfg.chunk_size, impl=cfg.impl
-        )
-        read = memory.read(q)
+        if T == 1 and state is not None:
+            now = (x[:, 0] for x in (q, write_k, v, beta, g))
+            out, after = core.delta_step(*now, initial, erase=cfg.erase)
+            memory, read = TokenMemory(after), out[:, None]
+        else:
+            memory = core.delta_write(
+                write_k, v, beta, g, initial_state=initial, erase=cfg.erase, chunk_size=cfg.chunk_size, impl=cfg.impl
+            )
+            read = memory.read(q)
         if record is not None:
-            record.update(keys=k.detach(), beta=beta.detach(), log_decay=g.detach(), state=memory.state.detach())
+            record.update(keys=k.detach(), beta=gate.detach(), log_decay=g.detach(), state=memory.state.detach())
             record.update(read=read.detach(), values=v.detach())
         state = MemoryState(memory.state, last_key, last_beta, (context_past, key_past, query_past), counted)
         return x + self.out(read.flatten(2)), memory, state

@@ -82,7 +82,7 @@ def training(history: pd.DataFrame, *, floor: float | None = None, title: str = 
         part = history[history["accuracy"].notna()]
         axes[1].plot(part["step"], part["accuracy"], marker="o", ms=3)
         axes[1].fill_between(part["step"], part["accuracy_low"], part["accuracy_high"], alpha=0.2)
-        axes[1].set(xlabel="step", ylabel="accuracy on fresh rows (95% interval)", ylim=(-0.03, 1.03))
+        axes[1].set(xlabel="step", ylabel="accuracy (95% interval)", ylim=(-0.03, 1.03))
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     for ax in axes:
         _shade_phases(ax, history)
@@ -104,6 +104,7 @@ def _shade_phases(ax, history: pd.DataFrame) -> None:
     above = ax.secondary_xaxis("top")
     above.set_xticks(middles, names, fontsize=8, color="0.35")
     above.tick_params(length=0, pad=1)
+    above.spines["top"].set_visible(False)
 
 
 def accuracies(
@@ -152,10 +153,10 @@ def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title:
         ax.axvline(chance, color=COLOURS[1], ls="--", lw=1.2, label=f"chance {chance:.1%}")
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which may be full
     for i, (value, high) in enumerate(zip(table["accuracy"], table["high"], strict=True)):
-        ax.text(max(value, high) + 0.015, i, f"{value:.1%}", va="center", fontsize=9)
+        ax.text(max(value, high) + 0.02, i, f"{value:.1%}", va="center", fontsize=9)
     ax.set_yticks(y, table[label])
     ax.invert_yaxis()
-    ax.set(xlabel="accuracy (95% interval)", xlim=(0, 1.15), xticks=np.linspace(0, 1, 6), title=title)
+    ax.set(xlabel="accuracy (95% interval)", xlim=(0, 1.25), xticks=np.linspace(0, 1, 6), title=title)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     return fig
 

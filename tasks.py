@@ -120,8 +120,7 @@ class Task(config.Settings):
             last = p
         if last < self.seq_len - 1:
             columns.append(("...", "...", "..."))
-        widths = [max(map(len, column)) for column in columns]
-        return "\n".join(" ".join(c[i].rjust(w) for c, w in zip(columns, widths, strict=True)) for i in range(3))
+        return _columns(columns)
 
     def to_dict(self) -> dict:
         """Plain dictionary, ready for JSON: the task's name under "task", and every setting, nested ones likewise."""
@@ -156,6 +155,23 @@ class Task(config.Settings):
         pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, int) for v in value)
         ok = value is None or (pair and 0 <= value[0] < value[1] <= limit)
         self.require(ok, field, f"needs (lo, hi) with 0 <= lo < hi <= {limit}: {why}")
+
+
+def _columns(columns: list[tuple[str, str, str]], width: int = 100) -> str:
+    """Three lines of right-aligned columns, in blocks of at most `width` characters; each block repeats the first column."""
+    head, *rest = columns
+    blocks, used = [[head]], len(max(head, key=len))
+    for column in rest:
+        size = 1 + len(max(column, key=len))
+        if used + size > width:
+            blocks, used = [*blocks, [head]], len(max(head, key=len))
+        blocks[-1].append(column)
+        used += size
+    lines = []
+    for block in blocks:
+        widths = [max(map(len, column)) for column in block]
+        lines += [" ".join(c[i].rjust(w) for c, w in zip(block, widths, strict=True)) for i in range(3)]
+    return "\n".join(lines)
 
 
 def _plain(value: Any) -> Any:

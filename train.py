@@ -427,7 +427,13 @@ def _fit(accelerator, wrapped, model, optimizer, phases, cfg, folder, descriptio
             check = phase.leave is not None and at["phase_step"] % phase.leave.every == 0
             rate = None
             if check:
-                rate = analysis.accuracy(model, phase.leave.task, trials=phase.leave.trials, precision=cfg.precision)
+                rate = analysis.accuracy(
+                    model,
+                    phase.leave.task,
+                    trials=phase.leave.trials,
+                    seed=20_000 + at["step"],
+                    precision=cfg.precision,
+                )
                 model.train()
             if at["step"] % cfg.log_every == 0 or check:
                 now = time.perf_counter()
@@ -499,6 +505,39 @@ def _clip(accelerator, model, largest: float) -> torch.Tensor:
     """Total gradient norm before clipping; clips where `largest` is above 0."""
     norm = accelerator.clip_grad_norm_(model.parameters(), largest if largest > 0 else math.inf)
     return norm.detach().float().reshape(())
+
+
+def step_memory(
+    build: Callable[[], nn.Module], shapes: Iterable[tuple[int, int]], *, vocab_size: int, steps: int = 3
+) -> pd.DataFrame:
+    """GPU memory and time of a training step (AdamW, every token scored, bf16 autocast) for each (T, B) of `shapes`.
+
+    held: weights, gradients and optimizer state; activations: peak minus held. In MB of 2^20 bytes, as allocated by torch,
+    after a first step that fills caches; ms: mean of `steps` steps. Raises ValueError without a CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("step_memory: needs a CUDA device; torch counts no peak on a CPU")
+    model = build().cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    generator, rows = torch.Generator().manual_seed(0), []
+    for T, B in shapes:
+        tokens = torch.randint(vocab_size, (B, T), generator=generator).cuda()
+        for step in range(1 + steps):
+            if step == 1:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                held, start = torch.cuda.memory_allocated(), time.perf_counter()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(tokens, tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)  # keep them: gradients count as held
+            del loss
+        torch.cuda.synchronize()
+        ms, peak = 1e3 * (time.perf_counter() - start) / steps, torch.cuda.max_memory_allocated()
+        row = {"T": T, "batch": B, "total": peak / 2**20, "held": held / 2**20, "activations": (peak - held) / 2**20}
+        rows.append(row | {"ms": ms})
+    return pd.DataFrame(rows)
 
 
 # ------------------------------------------------------------------------------------------------ ensembles

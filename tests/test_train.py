@@ -335,6 +335,15 @@ def test_bad_ensembles(options, word):
         ensemble(**options)
 
 
+def test_step_memory_needs_a_gpu():
+    if torch.cuda.is_available():
+        table = train.step_memory(lambda: model.build(CFG), [(32, 2), (64, 2)], vocab_size=64, steps=1)
+        assert (table["activations"] > 0).all() and table["activations"].is_monotonic_increasing
+    else:
+        with pytest.raises(ValueError, match="CUDA"):
+            train.step_memory(lambda: model.build(CFG), [(32, 2)], vocab_size=64)
+
+
 def test_provenance_names_everything():
     text = train.provenance(seconds=3.0)
     for word in ("profile      smoke", "revision", "torch", "device", "seconds      3", "model.py", "config.py"):
