@@ -219,7 +219,7 @@ def main():
         print(f"{name:14s}{row}")
 
     print(f"\nmilliseconds, median [quartiles] of {args.pairs} pairs, {SHAPE}")
-    print(f"{'':26s}{'ours':>24s}{'transformers':>24s}   ratio [95%]          peak MiB, ours / transformers")
+    print(f"{'':26s}{'ours':>24s}  {'transformers':>24s}   ratio [95%]          peak MiB, ours / transformers")
     tensors, grads = inputs(**SHAPE), cotangents(**SHAPE)
     calls = {"ours": ours, "transformers": peer} if here else {"ours": ours}
     rows = {
@@ -234,7 +234,7 @@ def main():
             line = f"{spread(times['transformers']):>24s}   {r.median:.2f}x [{r.low:.2f}, {r.high:.2f}]   {peaks}"
         else:
             line = f"   transformers {peer}   {peaks}"
-        print(f"{what:26s}{spread(times['ours']):>24s}{line}", flush=True)
+        print(f"{what:26s}{spread(times['ours']):>24s}  {line}", flush=True)
 
 
 if __name__ == "__main__":
