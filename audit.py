@@ -197,13 +197,19 @@ def retention(model, task: data.Task, *, least: float = 0.1, rows: int = 8, seed
 
 
 def claim(
-    successes_by_seed, *, least_seeds: int = 5, level: float = 0.95, threshold: float | None = None
+    successes_by_seed,
+    *,
+    least_seeds: int = 5,
+    level: float = 0.95,
+    threshold: float | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> pd.DataFrame:
     """A claim over seeds: the mean of one number per seed and its t interval. One from too few seeds is refused.
 
     successes_by_seed: one finite number per independent seed, for example its accuracy.
     threshold: a seed succeeds where its number is at least this; adds the rate of success with its Wilson interval, which
     says how robust 3 of 3 is (from 44%).
+    bounds: the range that the numbers can take, (0, 1) for accuracies; the interval ends there.
     """
     values = [float(v) for v in successes_by_seed]
     if not values:
@@ -212,9 +218,12 @@ def claim(
         raise ValueError(
             f"successes_by_seed = {values}: needs finite numbers; a seed that diverged is a failure, not a gap"
         )
+    if not all(bounds[0] <= v <= bounds[1] for v in values):
+        raise ValueError(f"bounds = {bounds}: the numbers {values} do not lie inside")
     row = {"seeds": len(values), "mean": sum(values) / len(values), "low": math.nan, "high": math.nan}
     if len(values) >= 2:
-        _, row["low"], row["high"] = analysis.mean_interval(values, level=level)
+        _, low, high = analysis.mean_interval(values, level=level)
+        row |= {"low": max(low, bounds[0]), "high": min(high, bounds[1])}
     if threshold is not None:
         rate = analysis.Rate(sum(v >= threshold for v in values), len(values), level)
         row |= {"succeeded": rate.count, "success rate": rate.value, "rate low": rate.low, "rate high": rate.high}

@@ -52,6 +52,11 @@ def _require_columns(table: pd.DataFrame, name: str, columns) -> None:
         raise ValueError(f"{name}: {len(table)} rows, columns {list(table.columns)}; needs rows and columns {missing}")
 
 
+def percent(share: float) -> str:
+    """A share in per cent with as many digits as a small one needs: 0.42%, 0.002%."""
+    return f"{100 * share:.2g}%"
+
+
 def training(history: pd.DataFrame, *, floor: float | None = None, title: str = "") -> Figure:
     """Loss of every part over steps (nats per scored token), phases shaded, with accuracy checks where there were any.
 
@@ -128,7 +133,7 @@ def accuracies(
         gap = np.stack([part["accuracy"] - part["low"], part["high"] - part["accuracy"]]).clip(min=0)
         ax.errorbar(part[x], part["accuracy"], yerr=gap, marker="o", ms=4, capsize=3, label=str(name) or None)
     if chance is not None:
-        ax.axhline(chance, color="0.4", ls="--", lw=1, label=f"chance {chance:.1%}")
+        ax.axhline(chance, color="0.4", ls="--", lw=1, label=f"chance {percent(chance)}")
     if mark is not None:
         ax.axvline(mark[0], color="0.6", ls=":", lw=1.2, label=mark[1])
     if log:
@@ -150,7 +155,7 @@ def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title:
     gap = np.stack([table["accuracy"] - table["low"], table["high"] - table["accuracy"]]).clip(min=0)
     ax.barh(y, table["accuracy"], xerr=gap, capsize=3, height=0.6, color=COLOURS[0], ecolor="0.2")
     if chance is not None:
-        ax.axvline(chance, color=COLOURS[1], ls="--", lw=1.2, label=f"chance {chance:.1%}")
+        ax.axvline(chance, color=COLOURS[1], ls="--", lw=1.2, label=f"chance {percent(chance)}")
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which may be full
     for i, (value, high) in enumerate(zip(table["accuracy"], table["high"], strict=True)):
         ax.text(max(value, high) + 0.02, i, f"{value:.1%}", va="center", fontsize=9)

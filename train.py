@@ -83,16 +83,20 @@ class Part(config.Settings):
 
 @dataclass(frozen=True)
 class Leave(config.Settings):
-    """Leave a phase as soon as the accuracy on `task` reaches `accuracy`, measured every `every` steps on `trials`."""
+    """Leave a phase once the accuracy on `task` has reached `accuracy` at `times` checks in a row.
+
+    A check comes every `every` steps, on `trials` fresh answers.
+    """
 
     task: data.Task
     accuracy: float
     every: int = 50
     trials: int = 500
+    times: int = 1
 
     def validate(self):
         self.require(0 < self.accuracy <= 1, "accuracy", "needs a share above 0 and at most 1")
-        self.require_positive("every", "trials")
+        self.require_positive("every", "trials", "times")
 
 
 @dataclass(frozen=True)
@@ -145,15 +149,19 @@ def module_hashes() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Short revision of the checkout, with `+changes` where tracked files differ; `unknown` outside a repository."""
+    """Short revision of the checkout, with `+changes` where tracked files differ from it.
+
+    Outside a repository, as in a copy sent to a GPU machine, what WORKBOOK_REVISION says, or `unknown`.
+    """
+    unknown = os.environ.get("WORKBOOK_REVISION", "unknown")
     try:
         run = lambda *args: subprocess.run(("git", *args), cwd=ROOT, capture_output=True, text=True, timeout=10)  # noqa: E731
         head = run("rev-parse", "--short", "HEAD")
         if head.returncode:
-            return "unknown"
+            return unknown
         return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout.strip() else "")
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return unknown
 
 
 def device_name() -> str:
@@ -380,7 +388,7 @@ def fit(
 
 def _fit(accelerator, wrapped, model, optimizer, phases, cfg, folder, description, progress, on_log, results) -> Run:
     rows = folder.rows()
-    at = {"phase": 0, "phase_step": 0, "step": 0, "phases": [], "seconds": 0.0}
+    at = {"phase": 0, "phase_step": 0, "step": 0, "passes": 0, "phases": [], "seconds": 0.0}
     if folder.state is not None:
         saved = folder.state
         model.load_state_dict(saved["model"])
@@ -449,9 +457,12 @@ def _fit(accelerator, wrapped, model, optimizer, phases, cfg, folder, descriptio
                 if on_log is not None and accelerator.is_main_process:
                     on_log(rows)
                 window = {"tokens": 0, "time": time.perf_counter(), "losses": {}, "steps": 0}
-            if rate is not None and rate.value >= phase.leave.accuracy:
-                left, reached = "accuracy", str(rate)
-                break
+            if rate is not None:
+                reached = str(rate)
+                at["passes"] = at["passes"] + 1 if rate.value >= phase.leave.accuracy else 0
+                if at["passes"] == phase.leave.times:
+                    left = "accuracy"
+                    break
             if cfg.save_every and at["step"] % cfg.save_every == 0:
                 save()
         at["phases"] = [
@@ -459,7 +470,7 @@ def _fit(accelerator, wrapped, model, optimizer, phases, cfg, folder, descriptio
             {"name": phase.name, "steps": at["phase_step"], "left_by": left, "rate": reached},
         ]
         bar.total -= phase.steps - at["phase_step"]
-        at["phase"], at["phase_step"] = number + 1, 0
+        at |= {"phase": number + 1, "phase_step": 0, "passes": 0}
         save()
 
     bar.close()

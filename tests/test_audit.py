@@ -470,3 +470,11 @@ def test_same_task_looks_into_the_haystack_and_into_mixtures():
     mix = lambda n: data.Mixture(tasks=(TASK, dataclasses.replace(TASK, n_markers=n)), shares=(0.5, 0.5))  # noqa: E731
     assert audit.same_task(mix(5), mix(6))["field"].tolist() == ["tasks[1].n_markers"]
     assert passes(audit.same_task(mix(5), mix(5)))
+
+
+def test_claim_keeps_the_interval_inside_what_is_possible():
+    table = audit.claim([1.0, 1.0, 1.0, 1.0, 0.9], bounds=(0, 1))
+    assert table["high"][0] == 1.0 and 0.9 < table["low"][0] < table["mean"][0]
+    assert audit.claim([1.0, 1.0, 1.0, 1.0, 0.9])["high"][0] > 1
+    with pytest.raises(ValueError, match="bounds"):
+        audit.claim([0.5, 1.5], bounds=(0, 1))

@@ -135,7 +135,7 @@ def test_accuracies_draw_points_intervals_chance_and_mark():
     assert bars.lines[0].get_ydata().tolist() == table["accuracy"].tolist()
     assert [t.get_text() for t in ax.get_xticklabels()] == ["128", "256", "512"]
     labels = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert sorted(labels) == ["chance 0.4%", "training length"]
+    assert sorted(labels) == ["chance 0.42%", "training length"]
     low, high = ax.get_ylim()
     assert low < 0 and high > 1  # neither 0% nor 100% is cut
     inside(figure)

@@ -167,6 +167,21 @@ def test_phase_is_left_at_its_accuracy_and_not_before():
     assert run.phases[1]["steps"] == expected
 
 
+def test_phase_is_left_after_as_many_good_checks_in_a_row_as_asked(monkeypatch):
+    """Planted accuracies: good, bad, good, good."""
+    answers = iter([9, 2, 9, 9])
+    monkeypatch.setattr(train.analysis, "accuracy", lambda *_, **__: train.analysis.Rate(next(answers), 10))
+    leave = train.Leave(TASK, accuracy=0.9, every=2, trials=20, times=2)
+    plan = phase(40, leave=leave)
+    run = fit(plan)
+    assert run.phases[0] == {
+        "name": "retrieval",
+        "steps": 8,
+        "left_by": "accuracy",
+        "rate": str(train.analysis.Rate(9, 10)),
+    }
+
+
 # ------------------------------------------------------------------------------------------------ run folders
 
 
