@@ -20,6 +20,28 @@ PROFILES = ("smoke", "full")
 # ------------------------------------------------------------------------------------------------ foundations
 
 
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Annotations that `Settings` checks; others (tasks, tensors) are a class's own to validate.
+PLAIN = {
+    "int": _is_int,
+    "float": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "None": lambda value: value is None,
+    "tuple[int, ...]": lambda value: isinstance(value, tuple) and all(map(_is_int, value)),
+    "tuple[int, int]": lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(_is_int, value)),
+    "tuple[float, float]": lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)),
+}
+MEANING = {"int": "an integer", "float": "a finite number", "bool": "True or False", "str": "a string"}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base of every configuration and every task: frozen, validated on construction, with strict dictionaries.
@@ -28,7 +50,16 @@ class Settings:
     """
 
     def __post_init__(self):
+        self._check_types()
         self.validate()
+
+    def _check_types(self) -> None:
+        """Fields annotated with a plain type hold a value of it; numbers are finite."""
+        for field in dataclasses.fields(self):
+            options = [part.strip() for part in str(field.type).split("|")]
+            if all(option in PLAIN for option in options):
+                ok = any(PLAIN[option](getattr(self, field.name)) for option in options)
+                self.require(ok, field.name, f"needs {' or '.join(MEANING.get(o, o) for o in options)}")
 
     def validate(self) -> None:
         """Raise ValueError where the values contradict each other. Runs on every construction."""
@@ -45,8 +76,7 @@ class Settings:
         """Every named field is an integer of at least `least`."""
         for field in fields:
             value = getattr(self, field)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            self.require(whole and value >= least, field, f"needs an integer of at least {least}")
+            self.require(_is_int(value) and value >= least, field, f"needs an integer of at least {least}")
 
     def require_positive(self, *fields: str) -> None:
         """Every named field is an integer of at least 1."""
@@ -87,8 +117,9 @@ def by_profile(*, smoke, full):
 
 def half_life(g_bias: float) -> float:
     """Tokens after which a memory with decay sigmoid(g_bias) at every token has lost half its content."""
-    log_decay = -math.log1p(math.exp(-g_bias))
-    return math.log(0.5) / log_decay
+    # log sigmoid(g_bias), written so that neither end overflows
+    log_decay = min(g_bias, 0.0) - math.log1p(math.exp(-abs(g_bias)))
+    return math.log(0.5) / log_decay if log_decay else math.inf
 
 
 def g_bias_for(half_life_tokens: float) -> float:
@@ -110,8 +141,9 @@ def round_up(value: float, multiple: int) -> int:
 class HybridConfig(Settings):
     """A stack of G layers (gated delta memory) and S layers (sliding-window attention that also reads the memory).
 
-    The default is the source notes' seed configuration with one correction: its decay bias of 2 halves the memory every
-    5.5 tokens, ours every 2,066 (`half_life(8.0)`), no shorter than the length it is trained at.
+    The default is the source notes' seed configuration, corrected: their decay bias of 2 halves the memory every 5.5 tokens,
+    ours every 2,067 (`half_life(8.0)`), no shorter than the length it is trained at; values are shifted, and the erase
+    recalls from the decayed state. `preset("notes")` is theirs.
     """
 
     d_model: int = 512
@@ -161,15 +193,23 @@ class HybridConfig(Settings):
         if self.key_context_conv and self.key_conv_width:
             why = "stands before the key projection, which key_conv_width replaces: set one of them to 0"
             self.require(False, "key_context_conv", why)
-        if self.use_rope and "S" in self.layer_pattern:
+        if self.use_rope:
+            self.require("S" in self.layer_pattern, "use_rope", f"rotates S layers; {self.layer_pattern!r} has none")
             width = self.d_model // self.n_heads
             self.require(width % 2 == 0, "use_rope", f"d_model / n_heads = {width} must be even to rotate pairs")
+        of_g = "query_proj rope_keys key_conv_width query_conv_width key_context_conv key_bank_slots"
+        for field in of_g.split():
+            ok = "G" in self.layer_pattern or not getattr(self, field)
+            self.require(ok, field, f"belongs to G layers; {self.layer_pattern!r} has none")
+        ok = not (self.query_proj and self.query_conv_width)
+        self.require(ok, "query_proj", "query_conv_width is a query projection already: set one of them")
         if self.rope_keys:
+            self.require(
+                not self.key_bank_slots, "rope_keys", "would turn the bank's keys apart: set key_bank_slots to 0"
+            )
             self.require(self.head_dim % 2 == 0, "rope_keys", f"head_dim {self.head_dim} must be even to rotate pairs")
         self.require(self.rope_base > 1, "rope_base", "needs a number above 1")
         self.require(self.init_std > 0, "init_std", "needs a standard deviation above 0")
-        for field in ("beta_bias", "g_bias"):
-            self.require(math.isfinite(getattr(self, field)), field, "needs a finite number")
         if self.key_bank_slots:
             ok = self.key_bank_slots <= self.head_dim
             self.require(ok, "key_bank_slots", f"at most head_dim = {self.head_dim} keys can be orthonormal")
@@ -180,6 +220,8 @@ class HybridConfig(Settings):
             self.require(self.key_bank_slots > 0, "key_bank_marker", "needs key_bank_slots > 0")
             ok = 0 <= self.key_bank_marker < self.vocab_size
             self.require(ok, "key_bank_marker", f"must lie inside the vocabulary of {self.vocab_size}")
+            slot = 0 <= self.key_bank_marker - self.key_bank_start < self.key_bank_slots
+            self.require(not slot, "key_bank_marker", "is a slot marker as well: choose an id outside the bank's")
 
     @property
     def ffn_dim(self) -> int:
@@ -315,14 +357,14 @@ class TrainConfig(Settings):
     min_lr_ratio: float = 0.1  # where the cosine ends, as a share of lr
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     grad_accum: int = 1  # micro-batches per step; each phase's batch size is per micro-batch
-    device: str = "auto"  # auto (Accelerate's choice) | cpu
+    device: str = "auto"  # auto (CUDA where there is one, else the CPU) | cpu
     precision: str = "auto"  # auto (bf16 autocast on a GPU that has it, else fp32) | fp32 | bf16
     seed: int = 0
     log_every: int = 10  # steps
     save_every: int = 0  # steps between resumable states; 0: only at the end
 
     def validate(self):
-        self.require(0 < self.lr < math.inf, "lr", "needs a finite learning rate above 0")
+        self.require(self.lr > 0, "lr", "needs a learning rate above 0")
         self.require(self.weight_decay >= 0, "weight_decay", "needs a number of at least 0")
         ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
         self.require(ok, "betas", "needs two numbers in [0, 1)")

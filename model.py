@@ -21,10 +21,12 @@ from torch import Tensor, nn
 import config
 import core
 
-# Where a hard decay counts as shut: 2^-24 is below the rounding of the fp32 state, and unlike log 0 it keeps a gradient.
+# What a shut hard decay keeps: 2^-24 is below the rounding of the fp32 state, and unlike log 0 it has a gradient.
 SHUT = 2.0**-24
 # Largest logits tensor (elements) that the loss builds whole; above it the loss works through the rows in parts.
 WHOLE_LOGITS = 2**24
+# Rows per attention call: the CUDA kernels take a batch of at most 65,535.
+SDPA_ROWS = 2**15
 
 
 class Output(NamedTuple):
@@ -125,7 +127,8 @@ class CausalConv(nn.Module):
         x = x.transpose(1, 2)
         x = F.pad(x, (width - 1, 0)) if past is None else torch.cat([past.to(x.dtype), x], dim=-1)
         y = F.conv1d(x, self.weight, self.bias)
-        return y.transpose(1, 2), x[..., x.shape[-1] - (width - 1) :]
+        # Cloned: a slice would keep the whole sequence alive as long as the state.
+        return y.transpose(1, 2), x[..., x.shape[-1] - (width - 1) :].clone()
 
 
 class SwiGLU(nn.Module):
@@ -178,19 +181,23 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: WindowS
         scores = (q @ k.mT / math.sqrt(D)).masked_fill(~mask, -math.inf)
         out = torch.softmax(scores, dim=-1) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        parts = (y.split(SDPA_ROWS) for y in (q, k, v, mask))
+        out = torch.cat(
+            [F.scaled_dot_product_attention(q, k, v, attn_mask=m) for q, k, v, m in zip(*parts, strict=True)]
+        )
     return out.unflatten(0, (B, n)).transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
 
 
 class _LeanCrossEntropy(torch.autograd.Function):
     """Sum over rows of cross-entropy(x W^T, target) that never holds more than `rows` rows of logits.
 
-    Both gradients are formed on the way forward, part by part; W's accumulates in fp32 whatever the matmul dtype.
+    Both gradients are formed on the way forward, part by part; W's accumulates in fp32 whatever the matmul dtype. The loss
+    is softplus(margin), margin = logsumexp of the other logits minus the target's, and not lse - target: once the model
+    is sure, 1 - p is far below the rounding of lse, and a gradient made from p - 1 would point anywhere.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows, dtype):
-        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, x, weight, targets, rows, dtype, need):
         w = weight.to(dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), device=x.device, dtype=wide)
@@ -200,22 +207,25 @@ class _LeanCrossEntropy(torch.autograd.Function):
             part = x[start : start + rows].to(dtype)
             target = targets[start : start + rows, None]
             logits = (part @ w.T).to(wide)
-            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += (lse - logits.gather(1, target)).sum()
+            right = logits.gather(1, target)
+            logits.scatter_(1, target, -math.inf)
+            others = torch.logsumexp(logits, dim=-1, keepdim=True)
+            margin = others - right
+            loss += F.softplus(margin).sum()
             if need:
-                grad = logits.sub_(lse).exp_()  # softmax, in place
-                grad.scatter_add_(1, target, grad.new_full((), -1.0).expand(target.shape))
-                grad = grad.to(dtype)
+                wrong = torch.sigmoid(margin)  # 1 - p(target), to relative precision
+                grad = logits.sub_(others).exp_().mul_(wrong).scatter_(1, target, -wrong).to(dtype)
                 dx[start : start + rows] = grad @ w
                 dw += grad.T @ part
         if need:
             ctx.save_for_backward(dx, dw)
+            ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, (dw * grad), None, None, None
+        return dx * grad, (dw * grad).to(ctx.weight_dtype), None, None, None, None
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -226,7 +236,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     target the loss is 0.
     """
     count = (targets != -100).sum().clamp_min(1)
-    if targets.numel() * weight.shape[0] <= WHOLE_LOGITS:
+    if under_transform(x) or targets.numel() * weight.shape[0] <= WHOLE_LOGITS:
         logits = F.linear(x, weight)
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum") / count
@@ -234,8 +244,10 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     rows = max(1, WHOLE_LOGITS * 3 // weight.shape[0])
+    # Known here only: inside an autograd function gradients are always off, and asked for if the inputs could have them.
+    need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     with torch.autocast(kind, enabled=False):
-        return _LeanCrossEntropy.apply(x[scored], weight, targets[scored], rows, dtype) / count
+        return _LeanCrossEntropy.apply(x[scored], weight, targets[scored], rows, dtype, need) / count
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -314,7 +326,8 @@ class MemoryLayer(nn.Module):
                 return beta, F.logsigmoid(logit)
             if self.cfg.decay == "mamba":
                 return beta, -self.log_rate.exp() * F.softplus(logit)
-            return beta, hard_sigmoid(logit).clamp_min(SHUT).log()
+            keep = hard_sigmoid(logit)
+            return beta, (keep + SHUT * (1 - keep)).log()
 
     def bank_keys(self, keys: Tensor, tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Put the bank's keys where slot markers and write markers stand. keys [B, T, H, K], tokens [B, T], count [B]."""
@@ -366,7 +379,7 @@ class MemoryLayer(nn.Module):
         k = finish(k)
         q = k if q is None else finish(q)
         gate = beta  # of each token's own key, wherever the write happens
-        last_key, last_beta = k[:, -1], beta[:, -1]
+        last_key, last_beta = k[:, -1].clone(), beta[:, -1].clone()  # slices would keep the whole sequence alive
         if cfg.shifted_value:
             before_k = torch.zeros_like(k[:, :1]) if state is None else state.last_key[:, None].to(k.dtype)
             before_beta = torch.zeros_like(beta[:, :1]) if state is None else state.last_beta[:, None]
@@ -426,7 +439,7 @@ class WindowLayer(nn.Module):
         if state is not None:
             k, v = (torch.cat([p.to(y.dtype), y], dim=2) for p, y in ((state.keys, k), (state.values, v)))
         start = max(k.shape[2] - keep, 0)
-        state = WindowState(k[:, :, start:], v[:, :, start:])
+        state = WindowState(k[:, :, start:].clone(), v[:, :, start:].clone())
         y = x + attended
         if self.reads_memory:
             query = F.relu(self.read_query(h)).view(B, T, cfg.n_heads, -1)
@@ -518,8 +531,14 @@ class TransparentHybrid(nn.Module):
             logits = F.linear(x, self.embed.weight)
         return Output(logits, loss, records, HybridState(tuple(states), position + tokens.shape[1]))
 
+    @torch.no_grad()
     def step(self, token: Tensor, state: HybridState | None = None) -> tuple[Tensor, HybridState]:
-        """One token [B] -> (logits [B, vocab] for the next one, state). The state's size does not grow with time."""
+        """One token [B] -> (logits [B, vocab] for the next one, state), without gradients.
+
+        The state's size does not grow with time. The memory moves by `core.delta_step`, whatever `cfg.impl` names.
+        """
+        if not isinstance(token, Tensor) or token.ndim != 1:
+            raise ValueError(f"token: needs int64 [B], was given {_shown(token)}")
         out = self(token[:, None], state=state)
         return out.logits[:, 0], out.state
 
@@ -533,10 +552,11 @@ class TransparentHybrid(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue the prompt tokens [B, T] by n_tokens: greedily at temperature 0, else by sampling. Returns [B, n]."""
-        if n_tokens < 1:
+        if not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1:
             raise ValueError(f"n_tokens = {n_tokens!r}: needs an integer of at least 1")
-        if temperature < 0:
-            raise ValueError(f"temperature = {temperature!r}: needs a number of at least 0")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature = {temperature!r}: needs a finite number of at least 0")
+        self._check(tokens, None, None, None)
         last = torch.zeros_like(tokens, dtype=torch.bool)
         last[:, -1] = True
         out = self(tokens, positions=last)
@@ -553,23 +573,54 @@ class TransparentHybrid(nn.Module):
             logits, state = self.step(token, state)
 
     def _check(self, tokens, targets, positions, state):
-        if tokens.ndim != 2 or tokens.shape[1] < 1 or tokens.dtype != torch.long:
-            raise ValueError(f"tokens: needs int64 [B, T] with T >= 1, was given {tokens.dtype} {list(tokens.shape)}")
+        """ValueError naming the argument, what it needs and what was given."""
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype != torch.long:
+            raise ValueError(f"tokens: needs int64 [B, T] with B and T at least 1, was given {_shown(tokens)}")
+        home = self.embed.weight.device
+        if tokens.device != home:
+            raise ValueError(f"tokens: on {tokens.device}, the model on {home}; move one to the other")
         for name, value, dtype in (("targets", targets, torch.long), ("positions", positions, torch.bool)):
-            if value is not None and (value.shape != tokens.shape or value.dtype != dtype):
-                given = f"{value.dtype} {list(value.shape)}"
+            ok = value is None or (isinstance(value, Tensor) and (value.shape, value.dtype) == (tokens.shape, dtype))
+            if not ok or (value is not None and value.device != home):
+                needs = f"{dtype} {list(tokens.shape)} on {home}, as tokens"
+                raise ValueError(f"{name}: needs {needs}, was given {_shown(value)}")
+        if state is not None:
+            self._check_state(state, len(tokens))
+        if home.type != "cpu" or under_transform(tokens):
+            return
+        vocab, values = self.cfg.vocab_size, {"tokens": tokens}
+        if targets is not None and (targets != -100).any():
+            values["targets"] = targets[targets != -100]
+        for name, ids in values.items():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= vocab:
                 raise ValueError(
-                    f"{name}: needs {dtype} of the shape of tokens {list(tokens.shape)}, was given {given}"
-                )
-        if state is not None and len(state.layers) != len(self.layers):
-            raise ValueError(f"state: has {len(state.layers)} layers, the model {len(self.layers)}")
-        if tokens.device.type == "cpu" and not under_transform(tokens):
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.cfg.vocab_size:
-                raise ValueError(
-                    f"tokens: ids run from {low} to {high}, but the vocabulary has {self.cfg.vocab_size}; "
+                    f"{name}: ids run from {low} to {high}, but the vocabulary has {vocab}; "
                     "raise HybridConfig.vocab_size or use the tokenizer that the model was built for"
                 )
+
+    def _check_state(self, state, B):
+        cfg = self.cfg
+        if not isinstance(state, HybridState) or len(state.layers) != len(self.layers):
+            raise ValueError(f"state: needs the HybridState of a model with {len(self.layers)} layers")
+        width = cfg.d_model // cfg.n_heads
+        for i, (letter, part) in enumerate(zip(cfg.layer_pattern, state.layers, strict=True)):
+            if not isinstance(part, MemoryState if letter == "G" else WindowState):
+                raise ValueError(f"state: layer {i} is {letter}, the state there is a {type(part).__name__}")
+            if letter == "G":
+                given, ok = part.memory, part.memory.shape == (B, cfg.n_heads, cfg.head_dim, cfg.value_dim)
+            else:
+                given, held = part.keys, min(state.position, cfg.window_size - 1)
+                ok = given.shape == (B, cfg.n_heads, held, width)
+            if not ok:
+                raise ValueError(
+                    f"state: layer {i} ({letter}) holds {list(given.shape)}, which does not fit {B} sequences of {cfg}"
+                )
+
+
+def _shown(value) -> str:
+    """How an argument is named in an error."""
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def build(cfg: config.Settings, *, seed: int = 0) -> nn.Module:

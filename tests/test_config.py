@@ -28,7 +28,7 @@ BROKEN = [
     (config.HybridConfig, "decay", "'mamba'", {"decay": "linear"}),
     (config.HybridConfig, "erase", "'raw'", {"erase": "both"}),
     (config.HybridConfig, "impl", "'triton'", {"impl": "cuda"}),
-    (config.HybridConfig, "key_conv_width", "integer of at least 0", {"key_conv_width": 2.5}),
+    (config.HybridConfig, "key_conv_width", "needs an integer", {"key_conv_width": 2.5}),
     (config.HybridConfig, "query_conv_width", "integer of at least 0", {"query_conv_width": -1}),
     (config.HybridConfig, "key_context_conv", "integer of at least 0", {"key_context_conv": -1}),
     (config.HybridConfig, "key_bank_slots", "integer of at least 0", {"key_bank_slots": -1}),
@@ -50,9 +50,23 @@ BROKEN = [
     (config.HybridConfig, "key_bank_marker", "needs key_bank_slots", {"key_bank_marker": 3}),
     (config.HybridConfig, "key_bank_marker", "vocabulary", {"key_bank_slots": 8, "key_bank_marker": 50257}),
     (config.HybridConfig, "key_bank_marker", "vocabulary", {"key_bank_slots": 8, "key_bank_marker": -1}),
+    (config.HybridConfig, "use_rope", "has none", {"use_rope": True, "layer_pattern": "G"}),
+    (config.HybridConfig, "use_rope", "True or False", {"use_rope": "no"}),
+    (config.HybridConfig, "query_proj", "has none", {"query_proj": True, "layer_pattern": "S"}),
+    (config.HybridConfig, "key_bank_slots", "has none", {"key_bank_slots": 2, "layer_pattern": "SS"}),
+    (config.HybridConfig, "query_proj", "set one of them", {"query_proj": True, "query_conv_width": 3}),
+    (config.HybridConfig, "rope_keys", "key_bank_slots", {"rope_keys": True, "key_bank_slots": 3}),
+    (config.HybridConfig, "key_bank_marker", "slot marker", {"key_bank_slots": 8, "key_bank_marker": 7}),
+    (config.HybridConfig, "key_bank_start", "integer", {"key_bank_start": 1.5}),
+    (config.HybridConfig, "layer_pattern", "a string", {"layer_pattern": ("G", "S")}),
+    (config.HybridConfig, "init_std", "finite number", {"init_std": math.inf}),
+    (config.HybridConfig, "beta_bias", "finite number", {"beta_bias": None}),
+    (config.TrainConfig, "lr", "finite number", {"lr": "1e-3"}),
+    (config.TrainConfig, "lr", "finite number", {"lr": math.inf}),
+    (config.ConvConfig, "dilations", "tuple[int, ...]", {"dilations": 5}),
     (config.ConvConfig, "dilations", "per layer", {"dilations": ()}),
     (config.ConvConfig, "dilations", "per layer", {"dilations": (1, 0)}),
-    (config.ConvConfig, "dilations", "per layer", {"dilations": (1, 1.5)}),
+    (config.ConvConfig, "dilations", "tuple[int, ...]", {"dilations": (1, 1.5)}),
     (config.ConvConfig, "attention_layers", "from -6 to 5", {"attention_layers": (6,)}),
     (config.ConvConfig, "attention_layers", "from -6 to 5", {"attention_layers": (-7,)}),
     (config.ConvConfig, "attention", "'softmax'", {"attention": "flash"}),
@@ -75,12 +89,12 @@ BROKEN = [
     (config.TrainConfig, "lr", "above 0", {"lr": 0.0}),
     (config.TrainConfig, "weight_decay", "at least 0", {"weight_decay": -0.1}),
     (config.TrainConfig, "betas", "[0, 1)", {"betas": (0.9, 1.0)}),
-    (config.TrainConfig, "betas", "[0, 1)", {"betas": (0.9,)}),
+    (config.TrainConfig, "betas", "tuple[float, float]", {"betas": (0.9,)}),
     (config.TrainConfig, "warmup_steps", "at least 0", {"warmup_steps": -1}),
     (config.TrainConfig, "schedule", "'constant'", {"schedule": "linear"}),
     (config.TrainConfig, "min_lr_ratio", "0 to 1", {"min_lr_ratio": 1.1}),
     (config.TrainConfig, "grad_clip", "no clipping", {"grad_clip": -1.0}),
-    (config.TrainConfig, "save_every", "integer of at least 0", {"save_every": 2.5}),
+    (config.TrainConfig, "save_every", "needs an integer", {"save_every": 2.5}),
     (config.TrainConfig, "precision", "'bf16'", {"precision": "fp16"}),
     (config.TrainConfig, "device", "'cpu'", {"device": "tpu"}),
 ]
@@ -115,7 +129,7 @@ def test_rule_refuses_and_says_what_would_do(cls, field, advice, settings):
 @pytest.mark.parametrize(("cls", "field"), WHOLE, ids=[f"{c.__name__}-{f}" for c, f in WHOLE])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "3", None])
 def test_sizes_are_whole_numbers_of_at_least_one(cls, field, value):
-    with pytest.raises(ValueError, match=rf"^{cls.__name__}\.{field} = .*integer of at least 1"):
+    with pytest.raises(ValueError, match=rf"^{cls.__name__}\.{field} = .*needs an integer"):
         cls(**{field: value})
 
 
@@ -126,9 +140,9 @@ def test_sizes_are_whole_numbers_of_at_least_one(cls, field, value):
         (config.HybridConfig, {"head_dim": 256, "value_dim": 256}),
         (config.HybridConfig, {"layer_pattern": "GGSGS"}),
         (config.HybridConfig, {"layer_pattern": "G", "n_heads": 7}),  # no window attention: any number of heads
-        (config.HybridConfig, {"layer_pattern": "G", "use_rope": True, "d_model": 24, "n_heads": 8}),
+        (config.HybridConfig, {"layer_pattern": "GS", "use_rope": True, "d_model": 16, "n_heads": 8}),
         (config.HybridConfig, {"key_bank_slots": 64, "head_dim": 64, "key_bank_start": 192, "vocab_size": 256}),
-        (config.HybridConfig, {"key_bank_slots": 8, "key_bank_marker": 0}),
+        (config.HybridConfig, {"key_bank_slots": 8, "key_bank_marker": 8}),
         (config.HybridConfig, {"key_context_conv": 8, "query_conv_width": 4}),
         (config.ConvConfig, {"attention_layers": (-6, 5)}),
         (config.ConvConfig, {"kernel_size": 1}),
@@ -165,7 +179,7 @@ def test_round_trip_through_json(cls):
 
 
 def test_round_trip_keeps_what_differs_from_the_defaults():
-    hybrid = config.HybridConfig(layer_pattern="GGS", key_bank_slots=8, key_bank_marker=5, decay="hard", n_heads=4)
+    hybrid = config.HybridConfig(layer_pattern="GGS", key_bank_slots=8, key_bank_marker=9, decay="hard", n_heads=4)
     conv = config.ConvConfig(dilations=(3, 5, 1), attention_layers=(-1,), kernel_size=13)
     for cfg in (hybrid, conv):
         again = type(cfg).from_dict(json.loads(json.dumps(cfg.to_dict())))
@@ -256,3 +270,8 @@ def test_hybrid_repr_and_hidden_width():
     assert repr(config.HybridConfig()) == "HybridConfig(GS, d=512, h=8, K=64, V=128)"
     assert config.HybridConfig(d_model=512).ffn_dim == 1408  # 8/3 of 512 is 1365.3
     assert config.HybridConfig(d_model=96).ffn_dim == 256  # 8/3 of 96 is 256 exactly
+
+
+def test_half_life_at_its_ends():
+    assert config.half_life(1000.0) == math.inf
+    assert config.half_life(-1000.0) == pytest.approx(math.log(2) / 1000)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import analysis
 import audit
 import config
-import core
 import model
 
 TINY = config.HybridConfig(
@@ -176,6 +175,71 @@ def test_memory_layer_equals_the_recurrence_written_out():
     torch.testing.assert_close(state.memory, S, rtol=1e-10, atol=1e-10)
 
 
+def by_hand(net, x):
+    """Logits of a model of G and S layers with default options, token by token, from the definitions."""
+    cfg, embed = net.cfg, net.embed.weight
+    H, K = cfg.n_heads, cfg.head_dim
+    rms = lambda y, w: y / (y.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w  # noqa: E731
+    y, T, states = embed[x], x.shape[1], None
+    for i, layer in enumerate(net.layers):
+        h = rms(y, layer.norm.weight)
+        if cfg.layer_pattern[i] == "G":
+            k = (h @ layer.key.weight.T).view(-1, T, H, K)
+            k = k / k.norm(dim=-1, keepdim=True)
+            v = (h @ layer.value.weight.T).view(-1, T, H, cfg.value_dim)
+            beta = torch.sigmoid(h @ layer.write_gate.weight.T + layer.write_gate.bias)
+            a = torch.sigmoid(h @ layer.decay_gate.weight.T + layer.decay_gate.bias)
+            S, states, reads = torch.zeros(len(x), H, K, cfg.value_dim, dtype=y.dtype), [], []
+            for t in range(T):
+                S = S * a[:, t, :, None, None]
+                if t:
+                    wrong = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t - 1], S)
+                    S = S + torch.einsum("bhk,bhv->bhkv", k[:, t - 1], beta[:, t - 1, :, None] * wrong)
+                states.append(S)
+                reads.append(torch.einsum("bhk,bhkv->bhv", k[:, t], S))
+            y = y + torch.stack(reads, 1).flatten(2) @ layer.out.weight.T
+        else:
+            q, k, v = ((h @ f.weight.T).view(-1, T, H, cfg.d_model // H) for f in (layer.q, layer.k, layer.v))
+            rows, s = torch.arange(T)[:, None], torch.arange(T)[None]
+            mask = (s <= rows) & (s > rows - cfg.window_size)
+            scores = torch.einsum("bthd,bshd->bhts", q, k) / (cfg.d_model // H) ** 0.5
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+            add = torch.einsum("bhts,bshd->bthd", weights, v).flatten(2) @ layer.out.weight.T
+            if states is not None:
+                query = (h @ layer.read_query.weight.T).clamp_min(0).view(-1, T, H, K)
+                gate = torch.sigmoid(h @ layer.read_gate.weight.T + layer.read_gate.bias)
+                read = torch.einsum("bthk,bthkv->bthv", query, torch.stack(states, 1)) * gate[..., None]
+                add = add + read.flatten(2) @ layer.read_out.weight.T
+            y = y + add
+        h, ffn = rms(y, net.norms[i].weight), net.ffns[i]
+        g = h @ ffn.gate.weight.T
+        y = y + (g * torch.sigmoid(g) * (h @ ffn.up.weight.T)) @ ffn.down.weight.T
+    return rms(y, net.norm.weight) @ embed.T
+
+
+@pytest.mark.parametrize("pattern", ["GS", "SGS", "GSGS", "GGS"])
+def test_model_equals_its_definition(pattern):
+    """Every layer from the equations; with two G layers, S reads the nearest one before it."""
+    net, x = build(pattern), tokens(2, 11)
+    with torch.no_grad():
+        for p in net.parameters():  # biases and norms away from where they start, so that each one counts
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
+        torch.testing.assert_close(net(x).logits, by_hand(net, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern, option", [("S", "use_rope"), ("G", "rope_keys")])
+def test_rope_turns_keys_by_their_position(pattern, option):
+    """The same token everywhere gives the same key everywhere, but for its rotation."""
+    x = torch.full((1, 6), 7)
+
+    def keys(options):
+        record = build(pattern, options)(x, diagnostics=True).diagnostics[0]
+        return record["k"].transpose(1, 2) if pattern == "S" else record["keys"]  # [B, T, H, D]
+
+    torch.testing.assert_close(keys({option: True}), model.rope(keys({}), 0, TINY.rope_base), rtol=1e-9, atol=1e-12)
+    assert (keys({option: True})[0, 5] - keys({})[0, 5]).abs().max() > 0.05
+
+
 def test_key_bank_gives_slots_their_rows():
     net = build("G", {"key_bank_slots": 3, "key_bank_start": 10, "key_bank_marker": 1})
     x = torch.tensor([[1, 5, 1, 12, 11, 1, 1]])
@@ -202,6 +266,46 @@ def test_hard_decay_reaches_one_and_closes_below_fp32():
         net.layers[0].decay_gate.bias[0], net.layers[0].decay_gate.bias[1] = 40.0, -40.0
     _, g = net.layers[0].gates(torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0)))
     assert (g[..., 0] == 0).all() and (g[..., 1] <= -16).all() and torch.isfinite(g).all()
+
+
+def test_shut_hard_decay_opens_again():
+    net = build("G", {"decay": "hard"}, dtype=torch.float32)
+    with torch.no_grad():
+        net.layers[0].decay_gate.bias.fill_(-4.0)
+        net.layers[0].decay_gate.weight.zero_()
+    x = tokens(2, 12)
+    net(x, x.roll(-1, 1)).loss.backward()
+    up = net.layers[0].decay_gate.bias.grad
+    g = net.layers[0].gates(torch.zeros(1, 1, 16))[1]
+    loss = -(g.exp()).sum()  # wants a larger decay factor
+    (grad,) = torch.autograd.grad(loss, net.layers[0].decay_gate.bias)
+    assert torch.isfinite(up).all() and (grad < 0).all()
+
+
+def test_gates_keep_fp32_under_autocast():
+    """In bf16 a decay of 1 - 2^-12 would round to 1 and the memory would never forget."""
+    net = build("GS", dtype=torch.float32)
+    with torch.no_grad():
+        net.layers[0].decay_gate.bias.fill_(8.3)
+    h = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    exact = net.layers[0].gates(h)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = net.layers[0].gates(h)
+    assert all(torch.equal(a, b) for a, b in zip(exact, mixed, strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["GS", "SGSG"])
+def test_segments_and_steps_under_bf16_autocast(pattern):
+    net, x = build(pattern, dtype=torch.float32), tokens(2, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, state, parts = net(x).logits, None, []
+        for part in x.split([9, 1, 1, 13], dim=1):
+            out = net(part, state=state)
+            parts.append(out.logits)
+            state = out.state
+    assert whole.dtype == torch.bfloat16 and state.layers[pattern.index("G")].memory.dtype == torch.float32
+    error = (torch.cat(parts, 1).float() - whole.float()).norm() / whole.float().norm()
+    assert error < 2e-2
 
 
 def test_mamba_decay_starts_at_the_same_half_life():
@@ -233,6 +337,62 @@ def test_lean_loss_equals_plain(monkeypatch):
         torch.autograd.grad(lean, net.parameters()), torch.autograd.grad(plain, net.parameters()), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [2.0, 8.0, 14.0])
+def test_lean_gradient_is_right_when_the_model_is_sure(monkeypatch, margin):
+    """fp32 with 1 - p far below the rounding of the log-sum-exp: the gradient must keep its direction."""
+    monkeypatch.setattr(model, "WHOLE_LOGITS", 1)
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 16, generator=g, dtype=torch.float64)
+    y = torch.randint(50, (4, 6), generator=g)
+    x = weight[y] * (margin + 14) / 16 + 0.05 * torch.randn(4, 6, 16, generator=g, dtype=torch.float64)
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        a, w = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        if dtype == torch.float64:
+            loss = F.cross_entropy((a @ w.T).flatten(0, 1), y.flatten())
+        else:
+            loss = model.cross_entropy(a, w, y)
+        grads.append([t.double().flatten() for t in torch.autograd.grad(loss, (a, w))])
+    for exact, lean in zip(*grads, strict=True):
+        assert torch.nn.functional.cosine_similarity(exact, lean, dim=0) > 0.9999
+        assert abs(lean.norm() / exact.norm() - 1) < 1e-3
+
+
+def test_lean_loss_keeps_nothing_without_gradients(monkeypatch):
+    monkeypatch.setattr(model, "WHOLE_LOGITS", 1)
+    seen = []
+    original = model._LeanCrossEntropy.apply
+    monkeypatch.setattr(model._LeanCrossEntropy, "apply", lambda *a: seen.append(a[-1]) or original(*a))
+    net, x = build(), tokens()
+    net(x, x)
+    with torch.no_grad():
+        net(x, x)
+    assert seen == [True, False]
+
+
+def test_large_batches_of_an_ensemble_take_the_whole_loss(monkeypatch):
+    """The row-by-row loss picks rows by value, which vmap cannot."""
+    monkeypatch.setattr(model, "WHOLE_LOGITS", 1)
+    net, x = build(dtype=torch.float32), tokens(2, 6)
+    params = {n: p.detach()[None] for n, p in net.named_parameters()}
+    f = lambda p, x: torch.func.functional_call(net, p, (x, x)).loss  # noqa: E731
+    assert torch.func.vmap(f)(params, x[None]).shape == (1,)
+
+
+def test_attention_split_over_rows_changes_nothing(monkeypatch):
+    net, x = build("GS", dtype=torch.float32), tokens(3, 30)
+    whole = net(x).logits
+    monkeypatch.setattr(model, "SDPA_ROWS", 5)
+    torch.testing.assert_close(net(x).logits, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_state_holds_no_more_than_it_says():
+    """Slices would keep the keys of the whole sequence alive."""
+    state = build("GS", {"key_conv_width": 4})(tokens(2, 64)).state
+    for part in (state.layers[0].last_key, state.layers[0].last_beta, state.layers[0].convs[1], *state.layers[1]):
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
 def test_lean_loss_with_nothing_scored_is_zero(monkeypatch):
@@ -280,8 +440,11 @@ def test_every_parameter_gets_a_gradient():
     for pattern, options in CASES:
         net, x = build(pattern, options), tokens(2, 12)
         net(x, tokens(2, 12, seed=1)).loss.backward()
-        # A bank that covers no token of the batch, or a gate of a head that is shut, could stay at zero; missing is a bug.
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters()), (pattern, options)
+        still = {n for n, p in net.named_parameters() if p.grad is None or not (p.grad != 0).any()}
+        # Window 1 attends to the token itself whatever q and k are.
+        allowed = {"q.weight", "k.weight"} if options.get("window_size") == 1 else set()
+        assert not [n for n in still if not n.endswith(tuple(allowed) or "none")], (pattern, options, still)
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
 def test_memory_is_used_beyond_the_window():
@@ -307,6 +470,18 @@ def test_memory_is_used_beyond_the_window():
         (lambda n: n.generate(tokens(), 0), "n_tokens"),
         (lambda n: n.generate(tokens(), 1, temperature=-1.0), "temperature"),
         (lambda n: n(tokens(), state=build("GSS").forward(tokens()).state), "state"),
+        (lambda n: n(tokens(), state=build("SG").forward(tokens()).state), "state: layer 0 is G"),
+        (lambda n: n(tokens(), state=n(tokens(3)).state), r"state: layer 0 \(G\)"),
+        (lambda n: n(tokens(), state=build("GS", {"window_size": 9})(tokens()).state), r"state: layer 1 \(S\)"),
+        (lambda n: n(tokens(), state={}), "state"),
+        (lambda n: n([[1, 2]]), "tokens: .*list"),
+        (lambda n: n(torch.zeros(0, 3, dtype=torch.long)), "tokens"),
+        (lambda n: n(tokens().to("meta")), "tokens: on meta"),
+        (lambda n: n(tokens(2, 3), torch.full((2, 3), 32)), "targets: ids run"),
+        (lambda n: n(tokens(2, 3), torch.full((2, 3), -1)), "targets: ids run"),
+        (lambda n: n.step(tokens(2, 3)), "token: "),
+        (lambda n: n.generate(tokens(), 2.5), "n_tokens"),
+        (lambda n: n.generate(torch.zeros(2, 0, dtype=torch.long), 2), "tokens"),
     ],
 )
 def test_bad_input_names_the_argument(call, word):
@@ -331,7 +506,3 @@ def test_trains_under_vmap():
     members[1](x[1], y[1]).loss.backward()
     for name, p in members[1].named_parameters():
         torch.testing.assert_close(grads[name][1], p.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_step_uses_the_named_implementation():
-    assert core.explain_impl("auto", device="cpu").startswith("torch")
