@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
-import json
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,16 +22,20 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
 import analysis
 import config
 import data
+import runs
 
-ROOT = Path(__file__).resolve().parent
+# Runs on disk and where numbers come from, under the names that notebooks use.
+provenance = runs.provenance
+device_name = runs.device_name
+load_weights = runs.load_weights
+record = runs.record
 
 
 class NonFinite(RuntimeError):
@@ -48,12 +46,21 @@ class NonFinite(RuntimeError):
 # ------------------------------------------------------------------------------------------------ curricula
 
 
+def _is_task(value) -> bool:
+    # By what it offers: after an edit of tasks.py in a running notebook, older tasks are of a class of the past.
+    return callable(getattr(value, "sample", None)) and hasattr(value, "seq_len") and hasattr(value, "vocab_size")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Part(config.Settings):
     """One stream of batches of a phase. Given several tasks (lengths, numbers of needles), each step draws one of them.
 
     weight: factor on this part's mean loss in the sum that is minimised.
-    batch_size: sequences per micro-batch; `tokens` instead keeps batch_size * seq_len at so many tokens.
+    batch_size: sequences per micro-batch; `tokens` instead keeps batch_size * seq_len at most at so many tokens.
     """
 
     tasks: data.Task | tuple[data.Task, ...]
@@ -63,9 +70,15 @@ class Part(config.Settings):
     name: str = ""
 
     def validate(self):
+        self.require_whole("batch_size", "tokens", least=0)
         self.require((self.batch_size > 0) != (self.tokens > 0), "batch_size", "give either batch_size or tokens")
-        self.require(self.weight > 0, "weight", "needs a factor above 0")
-        self.require(len(self.options) > 0, "tasks", "needs at least one task")
+        self.require(_is_number(self.weight) and self.weight > 0, "weight", "needs a finite factor above 0")
+        self.require(isinstance(self.name, str), "name", "needs a string")
+        ok = len(self.options) > 0 and all(map(_is_task, self.options))
+        self.require(ok, "tasks", "needs a task, or a tuple of at least one task")
+        if self.tokens:
+            longest = max(task.seq_len for task in self.options)
+            self.require(self.tokens >= longest, "tokens", f"needs at least one row of the longest task, {longest}")
 
     @property
     def options(self) -> tuple[data.Task, ...]:
@@ -78,7 +91,7 @@ class Part(config.Settings):
     def sample(self, generator: torch.Generator) -> data.Batch:
         i = int(torch.randint(len(self.options), (), generator=generator))
         task = self.options[i]
-        return task.sample(self.batch_size or max(1, self.tokens // task.seq_len), generator)
+        return task.sample(self.batch_size or self.tokens // task.seq_len, generator)
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,9 @@ class Leave(config.Settings):
     times: int = 1
 
     def validate(self):
-        self.require(0 < self.accuracy <= 1, "accuracy", "needs a share above 0 and at most 1")
+        self.require(_is_task(self.task), "task", "needs a task")
+        ok = _is_number(self.accuracy) and 0 < self.accuracy <= 1
+        self.require(ok, "accuracy", "needs a share above 0 and at most 1")
         self.require_positive("every", "trials", "times")
 
 
@@ -110,11 +125,16 @@ class Phase(config.Settings):
     lr: float | None = None
 
     def validate(self):
+        self.require(isinstance(self.name, str), "name", "needs a string")
         self.require_positive("steps")
+        ok = len(self.streams) > 0 and all(isinstance(p, Part) for p in self.streams)
+        self.require(ok, "parts", "needs a Part, or a tuple of at least one Part")
         labels = [p.label for p in self.streams]
-        self.require(len(labels) > 0, "parts", "needs at least one part")
         self.require(len(set(labels)) == len(labels), "parts", f"labels must differ, are {labels}; set Part.name")
-        self.require(self.lr is None or self.lr > 0, "lr", "needs a learning rate above 0, or None")
+        ok = self.leave is None or isinstance(self.leave, Leave)
+        self.require(ok, "leave", "needs a Leave, or None to use up all steps")
+        ok = self.lr is None or (_is_number(self.lr) and self.lr > 0)
+        self.require(ok, "lr", "needs a finite learning rate above 0, or None")
 
     @property
     def streams(self) -> tuple[Part, ...]:
@@ -140,68 +160,7 @@ def lr_factor(step: int, steps: int, cfg: config.TrainConfig) -> float:
     return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-# ------------------------------------------------------------------------------------------------ provenance
-
-
-def module_hashes() -> dict[str, str]:
-    """First 10 digits of the SHA-256 of every module of the workbook."""
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:10] for p in sorted(ROOT.glob("*.py"))}
-
-
-def git_revision() -> str:
-    """Short revision of the checkout, with `+changes` where tracked files differ from it.
-
-    Outside a repository, as in a copy sent to a GPU machine, what WORKBOOK_REVISION says, or `unknown`.
-    """
-    unknown = os.environ.get("WORKBOOK_REVISION", "unknown")
-    try:
-        run = lambda *args: subprocess.run(("git", *args), cwd=ROOT, capture_output=True, text=True, timeout=10)  # noqa: E731
-        head = run("rev-parse", "--short", "HEAD")
-        if head.returncode:
-            return unknown
-        return head.stdout.strip() + ("+changes" if run("status", "--porcelain", "-uno").stdout.strip() else "")
-    except (OSError, subprocess.TimeoutExpired):
-        return unknown
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "platform": sys.platform}
-
-
-def code_hash() -> str:
-    return hashlib.sha256(json.dumps(module_hashes(), sort_keys=True).encode()).hexdigest()[:10]
-
-
-def provenance(*, seconds: float | None = None) -> str:
-    """The last lines of a notebook: profile, revision, module hashes, versions, device and seconds, as plain text."""
-    lines = [f"{'profile':<12} {config.profile()}", f"{'revision':<12} {git_revision()}"]
-    lines += [f"{name:<12} {version}" for name, version in versions().items()]
-    lines.append(f"{'device':<12} {device_name()}")
-    if seconds is not None:
-        lines.append(f"{'seconds':<12} {seconds:.0f}")
-    lines.append(f"{'modules':<12} " + ", ".join(f"{n} {h}" for n, h in module_hashes().items()))
-    return "provenance\n" + "\n".join(lines)
-
-
-def _describe(value):
-    """A value as JSON can hold it; tasks and configurations keep their type's name."""
-    if isinstance(value, config.Settings):
-        fields = {f.name: _describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr and f.init}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, (tuple, list)):
-        return [_describe(v) for v in value]
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        return value
-    return getattr(value, "fingerprint", type(value).__name__)
-
-
-# ------------------------------------------------------------------------------------------------ run folders
+# ------------------------------------------------------------------------------------------------ fit
 
 
 @dataclass
@@ -217,130 +176,51 @@ class Run:
     summary: dict = field(default_factory=dict)
 
 
-def _write(path: Path, save: Callable[[Path], None]) -> None:
-    """Write beside the target, flush to disk, then rename over it: a reader sees the old file or the new, never half."""
-    part = path.with_name(path.name + ".part")
-    save(part)
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def _load_state(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file: each means the same to the user
-        raise ValueError(
-            f"run_dir: {path} cannot be read as a saved state ({type(error).__name__}: {error})"
-        ) from error
-
-
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load weights.safetensors (or the run folder that holds it) into `model`, which must have the same parameters.
-
-    Raises OSError where there is no file, ValueError for a damaged one or one of another model. The model is left as it
-    was unless everything fits.
-    """
-    path = Path(path)
-    path = path / "weights.safetensors" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"path: no weights at {path}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} is not a readable safetensors file ({error})") from error
-    own = model.state_dict()
-    wrong = sorted(set(own) ^ set(tensors)) or [n for n in own if own[n].shape != tensors[n].shape]
-    if wrong:
-        raise ValueError(f"path: {path} belongs to another model; parameters that do not match: {wrong[:5]}")
-    model.load_state_dict(tensors)
-    return model
-
-
-class _Folder:
-    """One run on disk. Every method is a no-op where the run keeps no folder or this is not the main process."""
-
-    def __init__(self, path, description: dict, *, resume: bool, main: bool):
-        self.path, self.main = None if path is None else Path(path), main
-        self.state = None
-        if self.path is None:
-            return
-        file = self.path / "config.json"
-        if file.exists():
-            if not resume:
-                raise ValueError(f"run_dir = {str(path)!r}: already holds a run; pass resume=True or another folder")
-            try:
-                kept = json.loads(file.read_text())
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"run_dir: {file} is damaged ({error}); restore it or choose another folder"
-                ) from error
-            if kept != json.loads(json.dumps(description)):
-                differ = sorted(
-                    k for k in {*kept, *description} if kept.get(k) != json.loads(json.dumps(description)).get(k)
-                )
-                raise ValueError(
-                    f"run_dir = {str(path)!r}: holds a run of another configuration; these differ: {differ}"
-                )
-            if (self.path / "state.pt").exists():
-                self.state = _load_state(self.path / "state.pt")
-        elif self.path.exists() and any(p.name != "config.json.part" for p in self.path.iterdir()):
-            raise ValueError(f"run_dir = {str(path)!r}: holds other files; choose a new or empty folder")
-        elif main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write(file, lambda p: p.write_text(json.dumps(description, indent=1)))
-        if main:
-            # Rows logged after the saved state will be logged again.
-            last = -1 if self.state is None else self.state["step"]
-            rows = [r for r in self.rows() if r["step"] < last]
-            _write(self.path / "metrics.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
-
-    def rows(self) -> list[dict]:
-        file = self.path / "metrics.jsonl" if self.path else None
-        if file is None or not file.exists():
-            return []
-        rows = []
-        for line in file.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # the line that the kill cut short
-        return rows
-
-    def log(self, row: dict):
-        if self.path and self.main:
-            with open(self.path / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(row) + "\n")
-
-    def save(self, state: dict):
-        if self.path and self.main:
-            _write(self.path / "state.pt", lambda p: torch.save(state, p))
-
-    def finish(self, model: nn.Module):
-        if self.path and self.main:
-            tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-            _write(self.path / "weights.safetensors", lambda p: save_file(tensors, p))
-
-
-def record(summary: dict, path: str | Path = ROOT / "results" / "runs.jsonl") -> None:
-    """Append one finished run as a line of results/runs.jsonl."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        f.write(json.dumps(summary) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------ fit
-
-
 def _accelerator(cfg: config.TrainConfig) -> Accelerator:
+    """CUDA or the CPU; left to itself Accelerate would also take MPS, which the evaluation does not use."""
     on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
     # Accelerate keeps one precision per process; a notebook that trains twice may need two.
     AcceleratorState._reset_state()
-    if PartialState._shared_state and (PartialState().device.type == "cpu") != (cfg.device == "cpu" or not on_gpu):
+    if PartialState._shared_state and (PartialState().device.type == "cpu") == on_gpu:
         PartialState._reset_state()
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=cfg.device == "cpu")
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not on_gpu)
+
+
+def _together(action: Callable):
+    """`action()` in every process; where it fails in one it fails in all, so that none waits for the others for ever."""
+    result, problem = None, None
+    try:
+        result = action()
+    except Exception as error:
+        problem = error
+    told = gather_object([None if problem is None else f"{type(problem).__name__}: {problem}"])
+    if problem is not None:
+        raise problem
+    if any(told):
+        raise ValueError(f"another process stopped: {next(filter(None, told))}")
+    return result
+
+
+def _decay_groups(parameters: Iterable[torch.Tensor], weight_decay: float, *, stacked: int = 0) -> list[dict]:
+    """Parameter groups of an optimizer: weight decay for matrices only.
+
+    Norms, biases and the decay bias of a memory, which is a half-life, have no reason to be near zero. stacked: leading
+    axes that number members of an ensemble.
+    """
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.ndim - stacked >= 2]
+    others = [p for p in parameters if p.ndim - stacked < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _check_vocabulary(model: nn.Module, tasks: Iterable[data.Task]) -> None:
+    """ValueError where a task has ids that `model.cfg` has no embedding for."""
+    own = getattr(getattr(model, "cfg", None), "vocab_size", None)
+    for task in tasks:
+        if own is not None and task.vocab_size > own:
+            what = f"{type(task).__name__}.vocab_size = {task.vocab_size} but the model's is {own}"
+            raise ValueError(f"phases: {what}; build the model with vocab_size >= {task.vocab_size}")
 
 
 def fit(
@@ -357,141 +237,201 @@ def fit(
 ) -> Run:
     """Train `model` through `phases` with AdamW and return the `Run`; the model ends in evaluation mode.
 
-    Weights stay fp32; on a GPU the passes run under bf16 autocast (`cfg.precision`). Warm-up and cosine restart with
-    each phase, and the learning rate logged is the optimizer's own. Device, processes and precision are Accelerate's,
-    so `accelerate launch` spreads the same call over several GPUs or hosts; each process draws its own batches.
+    Weights stay fp32; on a GPU the forward pass runs under bf16 autocast (`cfg.precision`). device="auto" is CUDA where
+    there is one, else the CPU. Weight decay acts on parameters of two or more axes. Warm-up and cosine restart with each
+    phase, and the learning rate logged is the optimizer's own. Processes are Accelerate's, so `accelerate launch`
+    spreads the same call over several GPUs or hosts (which share run_dir); each process draws its own batches, the first
+    one measures and writes, and losses logged are means over all.
 
-    run_dir: folder to keep the run in; resume: go on from what is there. on_log: called with all rows so far after each
-    logged step (`plots.LiveCurve`). results: a runs.jsonl to append a line to.
-    Raises ValueError for a run folder of another configuration or a damaged one, `NonFinite` when loss or gradients are.
+    run_dir: folder to keep the run in, saved before the first step, every `cfg.save_every` steps, after each phase and
+    when interrupted; resume: go on from what is there. on_log: called with all rows so far after each logged step
+    (`plots.LiveCurve`). results: a runs.jsonl to append a line to when the run ends.
+    Raises ValueError for phases that do not fit the model and for a run folder that is damaged or of another run, which
+    is left as it was; `NonFinite` when loss or gradients stop being finite.
     """
     phases = (phases,) if isinstance(phases, Phase) else tuple(phases)
-    if not phases:
-        raise ValueError("phases: needs at least one Phase")
+    if not phases or not all(isinstance(p, Phase) for p in phases):
+        raise ValueError(f"phases: needs at least one Phase, and only those; got {[type(p).__name__ for p in phases]}")
+    if resume and run_dir is None:
+        raise ValueError("resume = True: needs the run_dir of the run to go on with")
+    for phase in phases:
+        asked = () if phase.leave is None else (phase.leave.task,)
+        _check_vocabulary(model, [*(task for part in phase.streams for task in part.options), *asked])
     accelerator = _accelerator(cfg)
     description = {
         "name": name,
-        "model": _describe(getattr(model, "cfg", None)),
-        "train": _describe(cfg),
-        "phases": _describe(phases),
+        "model": runs.describe(getattr(model, "cfg", None)),
+        "train": runs.describe(cfg),
+        "phases": runs.describe(phases),
     }
-    folder = _Folder(run_dir, description, resume=resume, main=accelerator.is_main_process)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    groups = _decay_groups(model.parameters(), cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
+    folder, main = runs.Folder(run_dir), accelerator.is_main_process
+    _together(lambda: folder.open(description, _beginning(), model, optimizer, resume=resume) if main else None)
+    state, rows = _together(folder.read)
+    hooks = ("forward", "_original_forward", "_is_accelerate_prepared")
+    own = {hook: vars(model)[hook] for hook in hooks if hook in vars(model)}
     model.train()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     try:
-        return _fit(accelerator, wrapped, model, optimizer, phases, cfg, folder, description, progress, on_log, results)
+        job = (accelerator, wrapped, model, optimizer, phases, cfg)
+        return _fit(*job, folder, state, rows, description, progress, on_log, results)
     finally:
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        # What Accelerate hung on the model would pin today's forward, and make the next fit skip its autocast.
+        for hook in hooks:
+            vars(model).pop(hook, None)
+        vars(model).update(own)
         model.eval()
 
 
-def _fit(accelerator, wrapped, model, optimizer, phases, cfg, folder, description, progress, on_log, results) -> Run:
-    rows = folder.rows()
-    at = {"phase": 0, "phase_step": 0, "step": 0, "passes": 0, "phases": [], "seconds": 0.0}
-    if folder.state is not None:
-        saved = folder.state
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        at = {k: saved[k] for k in at}
+def _window(seconds: float) -> dict:
+    """What is gathered between two logged rows, beginning at `seconds` of the run."""
+    return {"since": seconds, "tokens": 0, "losses": {}, "lr": 0.0, "grad_norm": 0.0}
+
+
+def _beginning() -> dict:
+    """Progress of a run that begins. All of it is saved beside the weights.
+
+    step counts all steps, phase_step those of this phase; passes: good checks in a row; left: why the phase is over, as
+    soon as it is; rate: the last check. pending: the last step has moved the weights, but is not yet checked and logged.
+    """
+    at = {"phase": 0, "phase_step": 0, "step": 0, "pending": False, "passes": 0, "left": "", "rate": None}
+    return at | {"phases": [], "seconds": 0.0, "window": _window(0.0)}
+
+
+def _fit(
+    accelerator, wrapped, model, optimizer, phases, cfg, folder, state, rows, description, progress, on_log, results
+) -> Run:
+    main, start = accelerator.is_main_process, time.perf_counter()
+    written = folder if main else runs.Folder(None)
+    at = _beginning()
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        at = {k: state[k] for k in at}
+    before = at["seconds"]
+    finished = at["phase"] == len(phases) and folder.finished
+    seconds = lambda: before + time.perf_counter() - start  # noqa: E731
 
     def save():
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **at}
-        folder.save({**state, "seconds": before + time.perf_counter() - start})
+        saved = {**at, "seconds": seconds(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        written.save(saved)
 
-    before, start = at["seconds"], time.perf_counter()
-    total = sum(p.steps for p in phases)
-    bar = tqdm(total=total, initial=at["step"], disable=not (progress and accelerator.is_main_process), mininterval=0.5)
-    window = {"tokens": 0, "time": time.perf_counter(), "losses": {}, "steps": 0}
-
-    for number in range(at["phase"], len(phases)):
-        phase = phases[number]
-        bar.set_description(phase.name)
-        left, reached = "budget", None
-        while at["phase_step"] < phase.steps:
-            step = at["phase_step"]
-            for group in optimizer.param_groups:
-                group["lr"] = (phase.lr or cfg.lr) * lr_factor(step, phase.steps, cfg)
-            losses, tokens = _gradients(accelerator, wrapped, phase, number, step, cfg)
-            norm = _clip(accelerator, model, cfg.grad_clip)
-            # One wait for the device a step: it guards the update, so that a bad one never reaches the weights.
-            values = torch.stack([*losses.values(), norm]).tolist()
-            if not all(map(math.isfinite, values)):
-                named = dict(zip([*losses, "gradient norm"], values, strict=True))
-                seed = batch_seed(cfg.seed, number, step, 0, accelerator.process_index)
-                optimizer.zero_grad()
-                save()
-                where = "" if folder.path is None else f"; the state before it is in {folder.path}"
-                raise NonFinite(f"phase {phase.name!r}, step {step}, batch seed {seed}: {named}{where}")
-            optimizer.step()
-            optimizer.zero_grad()
-            at["step"], at["phase_step"] = at["step"] + 1, step + 1
-            bar.update()
-
-            window["tokens"] += tokens * accelerator.num_processes
-            window["steps"] += 1
-            for label, value in zip(losses, values, strict=False):
-                window["losses"].setdefault(label, []).append(value)
-            check = phase.leave is not None and at["phase_step"] % phase.leave.every == 0
-            rate = None
-            if check:
-                rate = analysis.accuracy(
-                    model,
-                    phase.leave.task,
-                    trials=phase.leave.trials,
-                    seed=20_000 + at["step"],
-                    precision=cfg.precision,
-                )
-                model.train()
-            if at["step"] % cfg.log_every == 0 or check:
-                now = time.perf_counter()
-                row = {"step": at["step"] - 1, "phase": phase.name, "lr": optimizer.param_groups[0]["lr"]}
-                row |= {"grad_norm": values[-1]}
-                row |= {f"loss/{k}": sum(v) / len(v) for k, v in window["losses"].items()}
-                row |= {"tokens_per_s": window["tokens"] / (now - window["time"]), "seconds": before + now - start}
-                if rate is not None:
-                    row |= {"accuracy": rate.value, "accuracy_low": rate.low, "accuracy_high": rate.high}
-                rows.append(row)
-                folder.log(row)
-                bar.set_postfix({k.removeprefix("loss/"): f"{v:.3f}" for k, v in row.items() if k.startswith("loss/")})
-                if on_log is not None and accelerator.is_main_process:
-                    on_log(rows)
-                window = {"tokens": 0, "time": time.perf_counter(), "losses": {}, "steps": 0}
-            if rate is not None:
-                reached = str(rate)
-                at["passes"] = at["passes"] + 1 if rate.value >= phase.leave.accuracy else 0
-                if at["passes"] == phase.leave.times:
-                    left = "accuracy"
-                    break
-            if cfg.save_every and at["step"] % cfg.save_every == 0:
-                save()
-        at["phases"] = [
-            *at["phases"],
-            {"name": phase.name, "steps": at["phase_step"], "left_by": left, "rate": reached},
-        ]
-        bar.total -= phase.steps - at["phase_step"]
-        at |= {"phase": number + 1, "phase_step": 0, "passes": 0}
+    if state is None:
         save()
+    optimizer.zero_grad()
+    total = sum(p.steps for p in phases)
+    bar = tqdm(total=total, initial=at["step"], disable=not (progress and main), mininterval=0.5)
+    moving = False  # whether the weights are between two steps, where no state could be saved
 
-    bar.close()
-    folder.finish(model)
-    seconds = before + time.perf_counter() - start
+    try:
+        for number in range(at["phase"], len(phases)):
+            phase = phases[number]
+            bar.set_description(phase.name)
+            while at["pending"] or (at["phase_step"] < phase.steps and not at["left"]):
+                if not at["pending"]:
+                    rate = (phase.lr or cfg.lr) * lr_factor(at["phase_step"], phase.steps, cfg)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    losses, tokens = _gradients(accelerator, wrapped, phase, number, at["phase_step"], cfg)
+                    norm = _clip(accelerator, model, cfg.grad_clip)
+                    # One wait for the device a step: it guards the update, so that a bad one never reaches the weights.
+                    # A mean over processes is finite only where all of them are, so that they stop together.
+                    own = torch.stack([*losses.values(), norm])
+                    means = accelerator.reduce(own, "mean").tolist()
+                    values = dict(zip([*losses, "gradient norm"], means, strict=True))
+                    if not all(map(math.isfinite, values.values())):
+                        optimizer.zero_grad()
+                        save()
+                        _stop(accelerator, own[:-1], values, phase, number, at["phase_step"], cfg, folder)
+                    window = copy.deepcopy(at["window"])
+                    window |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": values["gradient norm"]}
+                    window["tokens"] += tokens * accelerator.num_processes
+                    for label in losses:
+                        window["losses"].setdefault(label, []).append(values[label])
+                    moving = True
+                    optimizer.step()
+                    counted = {key: at[key] + 1 for key in ("step", "phase_step")}
+                    at |= {**counted, "pending": True, "window": window}
+                    moving = False
+                    optimizer.zero_grad()
+                    bar.update()
+
+                measured, after = None, {"pending": False}
+                if phase.leave is not None and at["phase_step"] % phase.leave.every == 0:
+                    measured = _measure(accelerator, model, phase.leave, at["step"], cfg)
+                    passes = at["passes"] + 1 if measured.value >= phase.leave.accuracy else 0
+                    left = "accuracy" if passes == phase.leave.times else ""
+                    after |= {"rate": str(measured), "passes": passes, "left": left}
+                if at["step"] % cfg.log_every == 0 or measured is not None:
+                    row = _row(at, phase.name, seconds(), measured)
+                    rows.append(row)
+                    written.log(row)
+                    shown = {k.removeprefix("loss/"): f"{v:.3f}" for k, v in row.items() if k.startswith("loss/")}
+                    bar.set_postfix(shown)
+                    if on_log is not None and main:
+                        on_log(rows)
+                    after |= {"window": _window(seconds())}
+                at |= after
+                if cfg.save_every and at["step"] % cfg.save_every == 0:
+                    save()
+            bar.total -= phase.steps - at["phase_step"]
+            passed = {"name": phase.name, "steps": at["phase_step"], "left_by": at["left"] or "budget"}
+            fresh = {"phase_step": 0, "passes": 0, "left": "", "rate": None}
+            at |= {"phase": number + 1, "phases": [*at["phases"], passed | {"rate": at["rate"]}], **fresh}
+            save()
+    except KeyboardInterrupt:
+        if not moving:
+            save()
+        raise
+    finally:
+        bar.close()
+
     summary = {
         **description,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": at["step"],
         "passed": at["phases"],
-        "seconds": round(seconds, 2),
-        "config_hash": hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:10],
-        "code_hash": code_hash(),
-        "revision": git_revision(),
+        "seconds": round(seconds(), 2),
+        "config_hash": runs.short_hash(description),
+        "code_hash": runs.code_hash(),
+        "revision": runs.git_revision(),
         "device": device_name() if accelerator.device.type == "cuda" else str(accelerator.device),
-        **versions(),
+        **runs.versions(),
         "last": rows[-1] if rows else {},
     }
-    if results is not None and accelerator.is_main_process:
-        record(summary, results)
-    return Run(model, pd.DataFrame(rows), at["phases"], seconds, at["step"], folder.path, summary)
+    if not finished:
+        written.finish(model)
+        if results is not None and main:
+            runs.record(summary, results)
+    return Run(model, pd.DataFrame(rows), at["phases"], seconds(), at["step"], folder.path, summary)
+
+
+def _row(at: dict, phase: str, seconds: float, measured: analysis.Rate | None) -> dict:
+    """The line to log after a step: means over the window since the last one."""
+    window = at["window"]
+    row = {"step": at["step"] - 1, "phase": phase, "lr": window["lr"], "grad_norm": window["grad_norm"]}
+    row |= {f"loss/{label}": sum(v) / len(v) for label, v in window["losses"].items()}
+    row |= {"tokens_per_s": window["tokens"] / max(seconds - window["since"], 1e-9), "seconds": seconds}
+    if measured is not None:
+        row |= {"accuracy": measured.value, "accuracy_low": measured.low, "accuracy_high": measured.high}
+    return row
+
+
+def _measure(accelerator, model, leave: Leave, step: int, cfg) -> analysis.Rate:
+    """One process measures and all go by what it found: rounding must not make some leave a phase and others stay."""
+    options = {"trials": leave.trials, "seed": 20_000 + step, "precision": cfg.precision}
+    measure = lambda: analysis.accuracy(model, leave.task, **options) if accelerator.is_main_process else None  # noqa: E731
+    return broadcast_object_list([_together(measure)])[0]
+
+
+def _stop(accelerator, losses, values, phase, number, step, cfg, folder):
+    """Raise NonFinite with the seeds of the batches whose loss was not finite; of all, where only gradients were not."""
+    seed = batch_seed(cfg.seed, number, step, 0, accelerator.process_index)
+    told = gather_object([(seed, bool(torch.isfinite(losses).all()))])
+    seeds = [s for s, fine in told if not fine] or [s for s, _ in told]
+    where = "" if folder.path is None else f"; the state before it is in {folder.path}"
+    raise NonFinite(f"phase {phase.name!r}, step {step}, batch seed {', '.join(map(str, seeds))}: {values}{where}")
 
 
 def _gradients(accelerator, wrapped, phase, number, step, cfg) -> tuple[dict[str, torch.Tensor], int]:
@@ -504,7 +444,8 @@ def _gradients(accelerator, wrapped, phase, number, step, cfg) -> tuple[dict[str
         generator = torch.Generator().manual_seed(batch_seed(seed, phase.streams.index(part), step))
         batch = part.sample(generator).to(accelerator.device)
         last = i == len(todo) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped), accelerator.autocast():
+        # The forward that Accelerate prepared brings its own autocast, which must not span the backward.
+        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
             loss = wrapped(batch.tokens, batch.targets).loss
             accelerator.backward(loss * (part.weight / cfg.grad_accum))
         losses[part.label] = losses.get(part.label, 0.0) + loss.detach() / cfg.grad_accum
@@ -597,11 +538,14 @@ def fit_ensemble(
 ) -> Ensemble:
     """Train one small model from many seeds at once, with `torch.func`: stacked parameters, vmap, one optimizer.
 
-    build: seed -> module; all members must have the same parameters. Each member draws its own batches and initial
-    weights from its seed, as it would alone; gradients are clipped per member. lr: one rate per member, to sweep it in the
-    same run; None: cfg.lr for all. Several tasks: each step draws one, the same for all members, so that shapes agree.
+    build: seed -> module; all members must have the same parameters and the same `cfg`. Each member draws its own batches
+    and initial weights from its seed, as it would alone; gradients are clipped per member. lr: one rate per member, to
+    sweep it in the same run; None: cfg.lr for all. Several tasks: each step draws one, the same for all members, so that
+    shapes agree. device: where to train. precision "auto" is fp32 here, on a GPU too: these models are small, and their
+    rates are compared; "bf16" runs the forward under autocast.
     A member whose loss stops being finite is frozen as it was before that step, and its history says so.
-    Raises ValueError for no seeds, repeated seeds at equal rates, or rates that do not match the seeds.
+    Raises ValueError for no seeds, repeated seeds at equal rates, rates that do not match the seeds, members that differ
+    in more than their weights, a `cfg` that contradicts `device`, and `cfg.save_every`: an ensemble keeps no folder.
     """
     seeds = tuple(seeds)
     rates = [cfg.lr] * len(seeds) if lr is None else list(lr)
@@ -609,34 +553,53 @@ def fit_ensemble(
         raise ValueError("seeds: needs at least one")
     if len(rates) != len(seeds):
         raise ValueError(f"lr: {len(rates)} rates for {len(seeds)} seeds; give one per seed")
+    if not all(_is_number(rate) and rate > 0 for rate in rates):
+        raise ValueError(f"lr = {rates}: needs finite learning rates above 0")
     if len(set(zip(seeds, rates, strict=True))) < len(seeds):
         raise ValueError("seeds: a member appears twice (same seed, same rate); an ensemble needs members that differ")
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps = {steps}, batch_size = {batch_size}: both need to be at least 1")
+    if not all(isinstance(n, int) and n >= 1 for n in (steps, batch_size)):
+        raise ValueError(f"steps = {steps}, batch_size = {batch_size}: both need to be integers of at least 1")
+    kind = torch.device(device).type
+    if cfg.device == "cpu" and kind != "cpu":
+        raise ValueError(
+            f"device = {str(device)!r}: cfg.device says 'cpu'; make them agree, or leave cfg.device at 'auto'"
+        )
+    if cfg.save_every:
+        raise ValueError(f"cfg.save_every = {cfg.save_every}: an ensemble keeps no run folder to resume from; set 0")
     tasks = task if isinstance(task, tuple) else (task,)
+    if not tasks or not all(map(_is_task, tasks)):
+        raise ValueError(f"task = {task!r}: needs a task, or a tuple of at least one task")
     members = [build(seed).to(device) for seed in seeds]
+    _check_members(members)
+    _check_vocabulary(members[0], tasks)
     params, buffers = torch.func.stack_module_state(members)
     base = copy.deepcopy(members[0])
 
     def loss_of(p, b, tokens, targets):
-        return torch.func.functional_call(base, (p, b), (tokens, targets)).loss
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
+            return torch.func.functional_call(base, (p, b), (tokens, targets)).loss
 
     gradient = torch.func.vmap(torch.func.grad_and_value(loss_of))
     # The update of AdamW is proportional to its rate, so one optimizer at rate 1 serves every member: its step is
     # taken, and each member moves that way by its own rate.
-    optimizer = torch.optim.AdamW(params.values(), lr=1.0, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    groups = _decay_groups(params.values(), cfg.weight_decay, stacked=1)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=cfg.betas)
     rate = torch.tensor(rates, device=device)
     alive = torch.ones(len(seeds), dtype=torch.bool, device=device)
     rows, start = [], time.perf_counter()
     along = lambda x, like: x.view(-1, *[1] * (like.ndim - 1))  # noqa: E731  [M] -> [M, 1, ...]
     bar = tqdm(range(steps), disable=not progress, mininterval=0.5, desc=f"{len(seeds)} members")
     for step in bar:
-        choice = batch_seed(cfg.seed, 0, step) % len(tasks)
-        generators = (torch.Generator().manual_seed(batch_seed(seed, 0, step)) for seed in seeds)
-        drawn = [tasks[choice].sample(batch_size, generator) for generator in generators]
-        tokens = torch.stack([b.tokens for b in drawn]).to(device)
-        targets = torch.stack([b.targets for b in drawn]).to(device)
-        grads, loss = gradient(params, buffers, tokens, targets)
+        grads, loss = {}, 0.0
+        for micro in range(cfg.grad_accum):
+            choice = batch_seed(cfg.seed, 0, step, micro) % len(tasks)
+            generators = (torch.Generator().manual_seed(batch_seed(seed, 0, step, micro)) for seed in seeds)
+            drawn = [tasks[choice].sample(batch_size, generator) for generator in generators]
+            tokens = torch.stack([b.tokens for b in drawn]).to(device)
+            targets = torch.stack([b.targets for b in drawn]).to(device)
+            found, value = gradient(params, buffers, tokens, targets)
+            loss = loss + value.detach() / cfg.grad_accum
+            grads = {n: grads.get(n, 0.0) + g / cfg.grad_accum for n, g in found.items()}
         norm = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
         alive &= torch.isfinite(loss) & torch.isfinite(norm)
         scale = torch.where(alive, 1.0, 0.0)
@@ -660,3 +623,16 @@ def fit_ensemble(
             bar.set_postfix(loss=f"{sum(values) / len(values):.3f}")
     params = {n: p.detach() for n, p in params.items()}
     return Ensemble(base, params, buffers, seeds, pd.DataFrame(rows), time.perf_counter() - start)
+
+
+def _check_members(members: list[nn.Module]) -> None:
+    """ValueError unless the members are one model with different weights: all run with the settings of the first."""
+    first = members[0]
+    for i, member in enumerate(members[1:], 1):
+        a, b = getattr(first, "cfg", None), getattr(member, "cfg", None)
+        if type(member) is not type(first) or a != b:
+            fields = [f for f in vars(a) if vars(a)[f] != vars(b).get(f)] if type(a) is type(b) and a != b else [a, b]
+            raise ValueError(f"build: members 0 and {i} differ in more than their weights: {fields}; build one model")
+        wrong = runs.mismatches(first.state_dict(), member.state_dict())
+        if wrong:
+            raise ValueError(f"build: members 0 and {i} differ in the shapes of {wrong[:5]}; build one model")
