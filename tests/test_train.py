@@ -592,6 +592,17 @@ def test_ensemble_step_equals_adamw(accum):
         torch.testing.assert_close(a, b.detach(), rtol=1e-3, atol=2e-5)
 
 
+def test_ensemble_gradient_is_the_mean_over_micro_batches(recorded):
+    ensemble([3], steps=1, cfg={"grad_accum": 2, "grad_clip": 0.0})
+    net = model.build(CFG, seed=3)
+    for micro in range(2):
+        batch = TASK.sample(4, torch.Generator().manual_seed(train.batch_seed(3, 0, 0, micro)))
+        (net(batch.tokens, batch.targets).loss / 2).backward()
+    norm = lambda grads: torch.stack([g.norm() for g in grads]).norm().item()  # noqa: E731
+    given = norm(recorded[0].steps[0].values())
+    assert given == pytest.approx(norm([p.grad for p in net.parameters()]), rel=1e-4)
+
+
 def test_ensemble_precision_is_that_of_the_forward():
     """bf16 changes the loss by about its rounding; auto is fp32, on a GPU too."""
     loss = {p: ensemble([0], steps=1, cfg={"precision": p}).history["loss"][0] for p in ("fp32", "auto", "bf16")}
