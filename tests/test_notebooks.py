@@ -24,7 +24,7 @@ MAX_BYTES = 1_500_000
 # `!cmd`, `files = !cmd`, `%%bash` and their kin, at the start of a line; `!=` there is Python.
 SHELL = re.compile(r"^\s*(?:[\w., ]+=\s*)?(?:!(?!=)|%%?(?:bash|sh|script|system|sx|!)(?!\w))", re.MULTILINE)
 FROM_OURS = re.compile(rf"^\s*from\s+(?:{'|'.join(MODULES)})\b[\w.]*\s+import\b", re.MULTILINE)
-MACHINE_PATH = re.compile(r"(?<![\w.])(?:/root/|/work/|/home/|/tmp/|/Users/|/private/|/mnt/|[A-Z]:\\\\?Users)")
+MACHINE_PATH = re.compile(r"(?<![\w.])(?:/(?:root|work|home|tmp|Users|private|mnt|workspace|content)/|[A-Z]:\\\\?Users)")
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -160,7 +160,7 @@ def write(path: Path, *cells) -> Path:
 
 def test_a_good_notebook_has_no_faults(tmp_path):
     cells = [
-        nbformat.v4.new_markdown_cell("# Title\n\nSee https://example.org/home/ and data/work/x."),
+        nbformat.v4.new_markdown_cell("# Title\n\nSee https://example.org/home/ and data/home/x."),
         committed("x = 3\nassert (\n    x\n    != 4\n)\nprint(config.HybridConfig())", "HybridConfig(...)\n"),
         committed("import data_tools_of_others as others  # from config import nothing"),
     ]
@@ -177,8 +177,8 @@ def test_a_good_notebook_has_no_faults(tmp_path):
         (committed("from config import HybridConfig"), "imports names"),
         (committed("if True:\n    from config import preset"), "imports names"),
         (committed("x = 1", "saved in /home/someone/x\n"), "path of a machine"),
-        (committed("open('/root/x')"), "path of a machine"),
-        (nbformat.v4.new_markdown_cell("look in `/work/x`"), "path of a machine"),
+        (committed("open('/tmp/x')"), "path of a machine"),
+        (nbformat.v4.new_markdown_cell("look in `/Users/x`"), "path of a machine"),
         (committed("x = 1", "a" * MAX_BYTES), "bytes: at most"),
         (
             nbformat.v4.new_code_cell(
