@@ -80,12 +80,18 @@ def find_notebooks(folder: Path, names: list[str]) -> list[Path]:
     return [p for p in found if not names or any(p in matches for matches in stems.values())]
 
 
-def kernel_env(profile: str) -> dict[str, str]:
-    """Environment of the kernel: the profile, and the modules of the workbook on its path."""
+def kernel_env(profile: str, folder: Path = ROOT / "notebooks") -> dict[str, str]:
+    """Environment of a kernel that starts in `folder`: the profile, and the modules of the workbook on its path.
+
+    Texts and tokenizers named by a path from here are named from `folder` instead, still without saying where that is.
+    """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "WORKBOOK_PROFILE": profile, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     env["WORKBOOK_HEADLESS"] = "1"  # nobody watches: live curves draw once, at their end
     env.pop("MPLBACKEND", None)  # a leftover Agg would keep the figures out of the page
+    for name in ("WORKBOOK_CORPUS", "WORKBOOK_TOKENIZER"):
+        if name in env and Path(env[name]).exists():
+            env[name] = os.path.relpath(Path(env[name]).resolve(), folder.resolve())
     return env
 
 
@@ -173,7 +179,7 @@ async def _execute(notebook, folder: Path, profile: str, bar: tqdm) -> str:
 
     ticking = asyncio.create_task(tick()) if sys.stdout.isatty() else None
     try:
-        await client.async_execute(env=kernel_env(profile))
+        await client.async_execute(env=kernel_env(profile, folder))
         return ""
     except CellExecutionError as error:  # the cell holds the traceback already
         what = f"{error.ename}: {error.evalue}"

@@ -24,7 +24,9 @@ MAX_BYTES = 1_500_000
 # `!cmd`, `files = !cmd`, `%%bash` and their kin, at the start of a line; `!=` there is Python.
 SHELL = re.compile(r"^\s*(?:[\w., ]+=\s*)?(?:!(?!=)|%%?(?:bash|sh|script|system|sx|!)(?!\w))", re.MULTILINE)
 FROM_OURS = re.compile(rf"^\s*from\s+(?:{'|'.join(MODULES)})\b[\w.]*\s+import\b", re.MULTILINE)
-MACHINE_PATH = re.compile(r"(?<![\w.])(?:/(?:root|work|home|tmp|Users|private|mnt|workspace|content)/|[A-Z]:\\\\?Users)")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.])(?:/(?:root|work|home|tmp|Users|private|mnt|workspace|content)/|[A-Z]:\\\\?Users)"
+)
 
 
 # ------------------------------------------------------------------------------------------------ reading

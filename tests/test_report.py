@@ -1,6 +1,7 @@
 """report.py and report_html.py: notebooks run in this interpreter, failures are told, pages need no network."""
 
 import json
+import os
 import re
 import sys
 
@@ -185,3 +186,13 @@ def test_pictures_of_markdown_are_embedded(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[markdown("# T\n\n![dot](dot.svg)")])
     page = report_html.notebook_page(notebook, name="x", folder=tmp_path)
     assert "data:image/svg+xml;base64,PHN2" in page and "<title>T</title>" in page
+
+
+def test_texts_named_from_here_are_found_from_the_notebooks(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORKBOOK_CORPUS", "texts")
+    monkeypatch.setenv("WORKBOOK_TOKENIZER", "bytes")
+    env = report.kernel_env("smoke", tmp_path / "notebooks")
+    assert env["WORKBOOK_CORPUS"] == os.path.join("..", "texts") and env["WORKBOOK_TOKENIZER"] == "bytes"
