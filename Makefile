@@ -18,7 +18,7 @@ help:
 	@echo "make report   run the notebooks (full on a CUDA GPU, else smoke) and write reports/index.html"
 	@echo "make test     lint, tests, and every notebook in the smoke profile"
 	@echo "make lab      JupyterLab on notebooks/00_start_here.ipynb"
-	@echo "make bench    time the delta rule on this machine"
+	@echo "make bench    time the delta rule on this machine: on the CPU and, where there is one, on the GPU"
 	@echo "make format   fix what ruff can fix"
 	@echo "make clean    remove reports and caches (keeps $(VENV), runs/ and results/)"
 	@echo "Some notebooks only: make report NOTEBOOKS=\"00 02\".  Another Python: make report PYTHON=python3.12"
@@ -72,6 +72,11 @@ lab: $(VENV)/.stamp
 
 bench: $(VENV)/.stamp
 	$(BIN)/python bench_cpu.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  echo; $(BIN)/python bench_gpu.py; \
+	else \
+	  echo; echo "no CUDA GPU: bench_gpu.py, which measures the Triton kernels beside their peers, is left out"; \
+	fi
 
 format: $(VENV)/.stamp
 	$(BIN)/python -m ruff check --fix .

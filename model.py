@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import config
 import core
+import lean
 
 # What a shut hard decay keeps: 2^-24 is below the rounding of the fp32 state, and unlike log 0 it has a gradient.
 SHUT = 2.0**-24
@@ -27,6 +28,8 @@ SHUT = 2.0**-24
 WHOLE_LOGITS = 2**24
 # Rows per attention call: the CUDA kernels take a batch of at most 65,535.
 SDPA_ROWS = 2**15
+
+_LeanCrossEntropy = lean.CrossEntropy
 
 
 class Output(NamedTuple):
@@ -95,11 +98,6 @@ def hard_sigmoid(logit: Tensor) -> Tensor:
     return _Clamp01.apply(1.2 * torch.sigmoid(logit) - 0.1)
 
 
-def under_transform(x: Tensor) -> bool:
-    """Is x inside torch.func.vmap or torch.func.grad, where its values cannot be looked at?"""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
 def rope(x: Tensor, position: int, base: float) -> Tensor:
     """Rotary position embedding (Su et al. 2021). x [B, T, H, D], D even; token t is rotated by position + t.
 
@@ -140,114 +138,93 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(d, hidden, bias=False)
         self.down = nn.Linear(hidden, d, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+    def forward(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+        """x [B, T, d] -> x + SwiGLU(norm(x))."""
+        gate, up = lean.normed_linears(x, norm, [self.gate, self.up])
+        return x + lean.product_linear(gate, up, self.down, silu=True)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: WindowState | None) -> Tensor:
     """Causal softmax attention over the last `window` tokens, the current one included.
 
     q, k, v [B, H, T, D]; `past` holds the keys and values of up to window - 1 earlier tokens. Returns [B, H, T, D].
-    The sequence is folded into blocks of `window` tokens, each attending to itself and the block before: one SDPA
-    call, linear in T, with a backward on every device.
+    The sequence is cut into blocks of `window` tokens, each attending to itself and the block before: one SDPA call,
+    linear in T, with a backward on every device.
     """
     B, H, T, D = q.shape
     c = 0 if past is None else past.keys.shape[2]
     if past is not None and T == 1:
         k, v = (torch.cat([p.to(x.dtype), x], dim=2) for p, x in ((past.keys, k), (past.values, v)))
         return F.scaled_dot_product_attention(q, k, v)
-    n = -(-T // window)
-    tail = n * window - T
-    q = F.pad(q, (0, 0, 0, tail)).reshape(B, H, n, window, D)
+    lead = 0 if past is None else window  # one more block in front of each sequence, for what `past` holds
+    n = -(-(lead + T) // window)
+    tail = n * window - lead - T
+    transformed = lean.under_transform(q)
 
-    def fold(
-        x, before
-    ):  # [B, H, T, D] -> [B, H, n, 2 window, D]: block b holds tokens (b - 1) window .. (b + 1) window
-        if before is not None:
-            x = torch.cat([before.to(x.dtype), x], dim=2)
-        x = F.pad(x, (0, 0, window - c, tail)).reshape(B, H, n + 1, window, D)
-        return torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=3)
+    def rows(x, before):  # [B, H, T, D] -> [B n window, H, D]: all sequences on end, each in n whole blocks
+        x = x.transpose(1, 2)
+        if past is not None:
+            x = torch.cat([x.new_zeros(B, window - c, H, D), before.transpose(1, 2).to(x.dtype), x], dim=1)
+        return (F.pad(x, (0, 0, 0, 0, 0, tail)) if tail else x).flatten(0, 1)
 
-    k, v = fold(k, None if past is None else past.keys), fold(v, None if past is None else past.values)
+    def pairs(x):  # -> [B n, H, 2 window, D]: row b holds blocks b - 1 and b. Views that overlap: nothing is held twice
+        x = F.pad(x, (0, 0, 0, 0, window, 0))
+        if (
+            lean.keeps_all(x) and not torch.compiler.is_compiling()
+        ):  # the gradient of unfold is slow on a CPU, not batched
+            x = x.unflatten(0, (-1, window))
+            return torch.cat([x[:-1], x[1:]], dim=1).transpose(1, 2)
+        return x.unfold(0, 2 * window, window).mT
+
     i = torch.arange(window, device=q.device)[:, None]
     j = torch.arange(2 * window, device=q.device)[None, :]
-    mask = (j > i) & (j <= i + window)  # key j of the folded pair lies at token j - window of the block
-    first = mask & (j >= window - c)  # the block before the first holds `past` and, before that, padding
-    mask = torch.cat([first[None], mask.expand(n - 1, -1, -1)])  # [n, window, 2 window]
-    fold_batch = lambda x: x.transpose(1, 2).flatten(0, 1)  # noqa: E731  [B, H, n, ...] -> [B n, H, ...]
-    mask = mask[None, :, None].expand(B, n, 1, window, 2 * window).flatten(0, 1)
-    q, k, v = fold_batch(q), fold_batch(k), fold_batch(v)
-    if under_transform(q):  # SDPA has no batching rule for vmap and would run member by member
+    block = torch.arange(n, device=q.device)[:, None, None]
+    mask = (j > i) & (j <= i + window)  # key j of the pair lies at token j - window of the block
+    mask = mask & ((block > 0) | (j >= window))  # before a first block lies the sequence before this one
+    if past is not None:
+        mask = mask & ((block != 1) | (j >= window - c))  # before the second lie padding and `past`
+    mask = mask.repeat(B, 1, 1)[:, None]  # [B n, 1, window, 2 window]
+    unread = q.new_zeros(B, H, c, D)  # queries where `past` stands
+    q = rows(q, unread).unflatten(0, (B * n, window)).transpose(1, 2)
+    k, v = pairs(rows(k, None if past is None else past.keys)), pairs(rows(v, None if past is None else past.values))
+    if transformed:  # SDPA has no batching rule for vmap and would run member by member
         scores = (q @ k.mT / math.sqrt(D)).masked_fill(~mask, -math.inf)
         out = torch.softmax(scores, dim=-1) @ v
+    elif len(q) <= SDPA_ROWS:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
-        parts = (y.split(SDPA_ROWS) for y in (q, k, v, mask))
-        out = torch.cat(
-            [F.scaled_dot_product_attention(q, k, v, attn_mask=m) for q, k, v, m in zip(*parts, strict=True)]
-        )
-    return out.unflatten(0, (B, n)).transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
-
-
-class _LeanCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross-entropy(x W^T, target) that never holds more than `rows` rows of logits.
-
-    Both gradients are formed on the way forward, part by part; W's accumulates in fp32 whatever the matmul dtype. The loss
-    is softplus(margin), margin = logsumexp of the other logits minus the target's, and not lse - target: once the model
-    is sure, 1 - p is far below the rounding of lse, and a gradient made from p - 1 would point anywhere.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, rows, dtype, need):
-        w = weight.to(dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        loss = torch.zeros((), device=x.device, dtype=wide)
-        dx = torch.empty_like(x) if need else None
-        dw = torch.zeros_like(weight, dtype=wide) if need else None
-        for start in range(0, x.shape[0], rows):
-            part = x[start : start + rows].to(dtype)
-            target = targets[start : start + rows, None]
-            logits = (part @ w.T).to(wide)
-            right = logits.gather(1, target)
-            logits.scatter_(1, target, -math.inf)
-            others = torch.logsumexp(logits, dim=-1, keepdim=True)
-            margin = others - right
-            loss += F.softplus(margin).sum()
-            if need:
-                wrong = torch.sigmoid(margin)  # 1 - p(target), to relative precision
-                grad = logits.sub_(others).exp_().mul_(wrong).scatter_(1, target, -wrong).to(dtype)
-                dx[start : start + rows] = grad @ w
-                dw += grad.T @ part
-        if need:
-            ctx.save_for_backward(dx, dw)
-            ctx.weight_dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, (dw * grad).to(ctx.weight_dtype), None, None, None, None
+        parts = zip(*(y.split(SDPA_ROWS) for y in (q, k, v, mask)), strict=True)
+        out = torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=m) for q, k, v, m in parts])
+    out = out.transpose(1, 2).reshape(B, n * window, H, D)  # a view where SDPA lays its result out like q
+    return out[:, lead : lead + T].transpose(1, 2)
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits x W^T over the targets that are not -100.
 
     x [B, T, d], weight [vocab, d], targets [B, T] int64. Small logits are built whole; large ones row block by row
-    block, at scored rows only, so that the vocabulary never meets the sequence in memory. Without a scored
-    target the loss is 0.
+    block, so that the vocabulary never meets the sequence in memory, and at scored rows only, unless a CUDA graph is being
+    captured, which cannot wait to see how many there are. Without a scored target the loss is 0.
     """
-    count = (targets != -100).sum().clamp_min(1)
-    if under_transform(x) or targets.numel() * weight.shape[0] <= WHOLE_LOGITS:
+    scored = targets != -100
+    count = scored.sum().clamp_min(1)
+    if lean.under_transform(x) or targets.numel() * weight.shape[0] <= WHOLE_LOGITS:
         logits = F.linear(x, weight)
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum") / count
-    scored = targets != -100
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    rows = max(1, WHOLE_LOGITS * 3 // weight.shape[0])
+    x, targets = x.flatten(0, 1), targets.flatten()
+    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        chosen = scored.flatten().nonzero()[:, 0]
+        if len(chosen) < len(x):
+            x, targets = x.index_select(0, chosen), targets[chosen]
+    # Rows that the matrix products fill a GPU with; elsewhere fewer, because the gradient of a part has copies in fp32.
+    rows = WHOLE_LOGITS * 3 // weight.shape[0]
+    rows = max(1, rows // 128 * 128 if x.is_cuda and rows >= 128 else rows)
     # Known here only: inside an autograd function gradients are always off, and asked for if the inputs could have them.
     need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    with torch.autocast(kind, enabled=False):
-        return _LeanCrossEntropy.apply(x[scored], weight, targets[scored], rows, dtype, need) / count
+    dtype = lean.matmul_dtype(x)
+    with lean.full_precision(x):
+        return _LeanCrossEntropy.apply(x, weight, targets, rows, dtype, need) / count
 
 
 # ------------------------------------------------------------------------------------------------ layers
@@ -315,18 +292,24 @@ class MemoryLayer(nn.Module):
 
         In fp32 whatever the autocast: a bf16 sigmoid rounds to 1, and the memory of long sequences is lost.
         """
-        with torch.autocast(h.device.type, enabled=False):
+        with lean.full_precision(h):
             h = h.to(torch.promote_types(h.dtype, torch.float32))
-            logit = self.write_gate(h)
-            beta = hard_sigmoid(logit) if self.cfg.write_gate == "hard" else torch.sigmoid(logit)
-            if self.cfg.decay == "none":
+            return self._gates(*(gate(h) for gate in self._gate_linears()))
+
+    def _gate_linears(self) -> list[nn.Linear]:
+        return [self.write_gate] if self.cfg.decay == "none" else [self.write_gate, self.decay_gate]
+
+    def _gates(self, write: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`gates` from their logits [B, T, H]."""
+        with lean.full_precision(write):
+            beta = hard_sigmoid(write) if self.cfg.write_gate == "hard" else torch.sigmoid(write)
+            if decay is None:
                 return beta, torch.zeros_like(beta)
-            logit = self.decay_gate(h)
             if self.cfg.decay == "sigmoid":
-                return beta, F.logsigmoid(logit)
+                return beta, F.logsigmoid(decay)
             if self.cfg.decay == "mamba":
-                return beta, -self.log_rate.exp() * F.softplus(logit)
-            keep = hard_sigmoid(logit)
+                return beta, -self.log_rate.exp() * F.softplus(decay)
+            keep = hard_sigmoid(decay)
             return beta, (keep + SHUT * (1 - keep)).log()
 
     def bank_keys(self, keys: Tensor, tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,22 +330,27 @@ class MemoryLayer(nn.Module):
         cfg = self.cfg
         B, T, _ = x.shape
         heads = (B, T, cfg.n_heads, -1)
-        h = self.norm(x)
-        pasts = (None, None, None) if state is None else state.convs
-        context, context_past = (h, None) if self.context_conv is None else self.context_conv(h, pasts[0])
-        key_past = query_past = None
-        if cfg.key_conv_width:
-            k, key_past = self.key(context, pasts[1])
+        context_past = key_past = query_past = q = None
+        if cfg.key_context_conv or cfg.key_conv_width or cfg.query_conv_width:
+            pasts = (None, None, None) if state is None else state.convs
+            h = context = self.norm(x)
+            if self.context_conv is not None:
+                context, context_past = self.context_conv(h, pasts[0])
+            if cfg.key_conv_width:
+                k, key_past = self.key(context, pasts[1])
+            else:
+                k = self.key(context)
+            if cfg.query_conv_width:
+                q, query_past = self.query(h, pasts[2])
+            elif self.query is not None:
+                q = self.query(h)
+            v, (beta, g) = self.value(h), self.gates(h)
         else:
-            k = self.key(context)
-        if self.query is None:
-            q = None
-        elif cfg.query_conv_width:
-            q, query_past = self.query(h, pasts[2])
-        else:
-            q = self.query(h)
-        v = self.value(h).view(heads)
-        beta, g = self.gates(h)
+            linears = [self.key, self.value] + ([] if self.query is None else [self.query])
+            k, v, *rest = lean.normed_linears(x, self.norm, linears, wide=self._gate_linears())
+            q = None if self.query is None else rest.pop(0)
+            beta, g = self._gates(*rest)
+        v = v.view(heads)
 
         count = torch.zeros(B, dtype=torch.long, device=x.device) if state is None else state.count
         counted = count
@@ -427,8 +415,9 @@ class WindowLayer(nn.Module):
         """x [B, T, d] -> (x + attention + gated read, WindowState)."""
         cfg = self.cfg
         B, T, d = x.shape
-        h = self.norm(x)
-        q, k, v = (f(h).view(B, T, cfg.n_heads, -1) for f in (self.q, self.k, self.v))
+        linears = [self.q, self.k, self.v] + ([self.read_query, self.read_gate] if self.reads_memory else [])
+        q, k, v, *rest = lean.normed_linears(x, self.norm, linears)
+        q, k, v = (y.view(B, T, cfg.n_heads, -1) for y in (q, k, v))
         if cfg.use_rope:
             q, k = rope(q, position, cfg.rope_base), rope(k, position, cfg.rope_base)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T, d / H]
@@ -442,10 +431,9 @@ class WindowLayer(nn.Module):
         state = WindowState(k[:, :, start:].clone(), v[:, :, start:].clone())
         y = x + attended
         if self.reads_memory:
-            query = F.relu(self.read_query(h)).view(B, T, cfg.n_heads, -1)
-            gate = torch.sigmoid(self.read_gate(h))
-            read = memory.read(query) * gate[..., None]
-            recalled = self.read_out(read.flatten(2))
+            query = F.relu(rest[0]).view(B, T, cfg.n_heads, -1)
+            gate = torch.sigmoid(rest[1])
+            recalled = lean.product_linear(memory.read(query), gate[..., None], self.read_out)
             if record is not None:
                 record.update(read_query=query.detach(), read_gate=gate.detach(), recalled=recalled.detach())
             y = y + recalled
@@ -486,6 +474,16 @@ class TransparentHybrid(nn.Module):
             if isinstance(layer, MemoryLayer):
                 layer.set_gate_biases()
 
+    def compile_layers(self, *, backend: str = "inductor") -> TransparentHybrid:
+        """Have torch.compile fuse what lies between the matrix products, layer by layer and in place. Returns the model.
+
+        The loss stays as it is: it works row block by row block, on as many rows as are scored. Compiling takes seconds at
+        the first step and again at the second sequence length.
+        """
+        for part in (*self.layers, *self.ffns):
+            part.compile(backend=backend)
+        return self
+
     def count_params(self) -> int:
         """Number of trainable parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
@@ -518,7 +516,7 @@ class TransparentHybrid(nn.Module):
                 x, memory, after = layer(x, tokens, before, position, record)
             else:
                 x, after = layer(x, memory, before, position, record)
-            x = x + self.ffns[i](self.norms[i](x))
+            x = self.ffns[i](x, self.norms[i])
             states.append(after)
             if diagnostics:
                 records.append(record)
@@ -586,7 +584,7 @@ class TransparentHybrid(nn.Module):
                 raise ValueError(f"{name}: needs {needs}, was given {_shown(value)}")
         if state is not None:
             self._check_state(state, len(tokens))
-        if home.type != "cpu" or under_transform(tokens):
+        if home.type != "cpu" or lean.under_transform(tokens):
             return
         vocab, values = self.cfg.vocab_size, {"tokens": tokens}
         if targets is not None and (targets != -100).any():

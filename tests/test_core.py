@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
+import chunked
 import core
 
 # Largest relative error, |x - reference| / |reference| in Euclidean norms, of a result in each dtype.
@@ -20,6 +23,7 @@ TOLERANCE = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps,
 }
 NAMES = ("q", "k", "v", "beta", "g", "initial_state")
+IMPLS = ("reference", "torch")  # those that run everywhere; test_kernels.py and test_kernel_ops.py have the third
 
 
 def draw(B, T, H, K, V, *, dtype=torch.float64, decay=0.1, seed=0, device="cpu"):
@@ -94,7 +98,7 @@ def test_reference_is_the_equation():
 def test_a_unit_key_written_with_strength_one_is_given_back():
     x = draw(1, 1, 1, 5, 3)
     x["beta"] = torch.ones(1, 1, 1, dtype=torch.float64)
-    for impl in core.IMPLS:
+    for impl in IMPLS:
         out, _ = core.delta_rule(**(x | {"q": x["k"]}), impl=impl)
         torch.testing.assert_close(out, x["v"], rtol=1e-12, atol=1e-12)
 
@@ -112,7 +116,7 @@ def test_chunked_equals_reference(T, erase, start):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("impl", core.IMPLS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_half_precision_inputs(dtype, impl):
     x = draw(2, 70, 2, 16, 9, dtype=dtype)
     given = run(x, impl=impl)
@@ -141,7 +145,7 @@ def test_more_chunks_than_one_group_holds(monkeypatch):
     x = draw(2, 200, 2, 5, 7)
     reference = run(x, impl="reference", erase="raw")
     for at_once in (1, 8, 12, 10_000):
-        monkeypatch.setattr(core, "GROUP_CPU", at_once)
+        monkeypatch.setattr(chunked, "GROUP_CPU", at_once)
         check(run(x, chunk_size=16, erase="raw"), reference)
 
 
@@ -282,7 +286,7 @@ def test_a_sequence_alone_equals_itself_in_a_batch():
         check(everything({n: y[b : b + 1] for n, y in x.items()}), {n: y[b : b + 1] for n, y in together.items()})
 
 
-@pytest.mark.parametrize("impl", core.IMPLS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_the_future_does_not_leak(impl):
     x = draw(2, 100, 2, 8, 6, dtype=torch.float32)
     changed = {name: y.clone() for name, y in x.items()}
@@ -315,10 +319,68 @@ def test_strided_inputs_and_no_leak_of_what_lies_between():
     assert same(a._asdict(), core.delta_rule(**x)._asdict())
 
 
+def rows_of_length_one(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("erase", core.ERASE_RULES)
+def test_normalised_queries_and_keys(erase, impl):
+    """In one call, in a memory, and token by token, as if they had come normalised; gradients through the norm included."""
+    x = draw(2, 70, 2, 5, 7)
+    x["k"] = 3 * x["k"] + 0.1 * x["q"]
+    x["k"][:, 3] = 0  # a key of length 0 stays one
+    options = dict(erase=erase, scale=0.7)
+
+    def by_hand(q, k, **others):
+        q, k = rows_of_length_one(q), rows_of_length_one(k)
+        return core.delta_rule(q, k, **others, **options, impl="reference")
+
+    def at_once(**tensors):
+        return core.delta_rule(**tensors, **options, normalize_qk=True, impl=impl)
+
+    def memory(q, k, v, beta, g, initial_state):
+        written = core.delta_write(
+            k, v, beta, g, initial_state=initial_state, erase=erase, normalize_k=True, chunk_size=16, impl=impl
+        )
+        return written.read(q, 0.7, normalize=True), written.state
+
+    def steps(initial_state, **tokens):
+        state, outs = initial_state, []
+        for t in range(70):
+            token = {name: y[:, t] for name, y in tokens.items()}
+            out, state = core.delta_step(**token, state=state, **options, normalize_qk=True)
+            outs.append(out)
+        return torch.stack(outs, 1), state
+
+    def everything(function):
+        leaves = {name: y.clone().requires_grad_() for name, y in x.items()}
+        out, state = function(**leaves)
+        grads = torch.autograd.grad((out, state), list(leaves.values()), weights(out, state))
+        return dict(out=out.detach(), state=state.detach(), **dict(zip(x, grads, strict=True)))
+
+    expected = everything(by_hand)
+    for function in (at_once, memory, steps):
+        check(everything(function), expected)
+        with torch.no_grad():
+            check(dict(zip(("out", "state"), function(**x), strict=True)), {n: expected[n] for n in ("out", "state")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_norm_is_not_rounded_to_half_precision(dtype, impl):
+    x = draw(2, 70, 2, 16, 9, dtype=dtype)
+    given = run(x, impl=impl, normalize_qk=True)
+    assert given["out"].dtype == given["d_q"].dtype == given["d_k"].dtype == dtype
+    check(given, run(in_double(x), impl="reference", normalize_qk=True))
+    q = x.pop("q")
+    assert core.delta_write(**x, impl=impl, normalize_k=True).read(q, normalize=True).dtype == dtype
+
+
 # ------------------------------------------------------------------------------------------------ the memory
 
 
-@pytest.mark.parametrize("impl", core.IMPLS)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("erase", core.ERASE_RULES)
 def test_one_write_many_reads(erase, impl):
     """Two layers read one memory. Compared with the states token by token, gradients included."""
@@ -353,7 +415,7 @@ def test_a_memory_that_is_never_read_has_gradients():
     x = draw(1, 40, 1, 4, 4)
     del x["q"]
     grads = []
-    for impl in core.IMPLS:
+    for impl in IMPLS:
         leaves = {name: y.clone().requires_grad_() for name, y in x.items()}
         state = core.delta_write(**leaves, chunk_size=16, impl=impl).state
         grads.append(dict(zip(x, torch.autograd.grad(state.square().sum(), list(leaves.values())), strict=True)))
@@ -433,7 +495,7 @@ def test_gradient_through_vmap():
     check(dict(k=total("torch")), dict(k=total("reference")))
 
 
-@pytest.mark.parametrize("impl", core.IMPLS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_changes_nothing(impl):
     x = draw(2, 40, 2, 8, 6, dtype=torch.float32)
     plain = run(x, impl=impl)
@@ -502,7 +564,7 @@ def bad(**changes):
         (dict(chunk_size=0), r"^chunk_size = 0: .*at least 1"),
         (dict(chunk_size=8.0), r"^chunk_size = 8.0"),
         (dict(impl="cuda"), r"^impl = 'cuda': .*'reference', 'torch'"),
-        (dict(impl="triton"), r"^impl = 'triton': .*'torch' and 'auto'"),
+        (dict(impl="triton"), r"^impl = 'triton' with torch.float32 on cpu: .*'torch' and 'auto'"),
     ],
 )
 def test_bad_arguments(changes, message):
@@ -513,6 +575,19 @@ def test_bad_arguments(changes, message):
         del arguments["q"]
         with pytest.raises(ValueError, match=message):
             core.delta_write(**arguments)
+
+
+def test_bad_flags():
+    x = bad()
+    q, k, v, beta, g, S = x.values()
+    for call, name in (
+        (lambda: core.delta_rule(**x, normalize_qk=1), "normalize_qk"),
+        (lambda: core.delta_write(k, v, beta, g, normalize_k="yes"), "normalize_k"),
+        (lambda: core.delta_write(k, v, beta, g).read(q, normalize=None), "normalize"),
+        (lambda: core.delta_step(*(y[:, 0] for y in (q, k, v, beta, g)), S, normalize_qk=0), "normalize_qk"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name} = .*True or False"):
+            call()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -545,7 +620,7 @@ def test_bad_arguments_of_a_step():
 def test_bad_queries_of_a_memory():
     x = bad()
     q = x.pop("q")
-    for impl in core.IMPLS:
+    for impl in IMPLS:
         memory = core.delta_write(**x, impl=impl)
         for wrong in (q[:, :3], q.double(), q.to("meta")):
             with pytest.raises(ValueError, match=r"^q: "):
@@ -557,8 +632,39 @@ def test_bad_queries_of_a_memory():
 def test_explain_impl():
     assert core.explain_impl().startswith("torch (auto on cpu")
     assert core.explain_impl("reference").startswith("reference")
-    with pytest.raises(ValueError, match="triton"):
-        core.explain_impl("triton", device="cuda")
+    with pytest.raises(ValueError, match="'triton'.*mps: .*NVIDIA|'triton'.*mps: .*not installed"):
+        core.explain_impl("triton", device="mps")
+
+
+@pytest.mark.parametrize(
+    "has_triton, interpreted, capability, device, dtype, reason",
+    [
+        (True, False, (9, 0), "cuda", torch.bfloat16, None),
+        (True, False, (8, 0), "cuda", torch.float32, None),
+        (True, False, (7, 5), "cuda", torch.float32, "sm_80 or newer.*sm_75"),
+        (True, False, (9, 0), "cuda", torch.float64, "no float64"),
+        (False, False, (9, 0), "cuda", torch.float32, "not installed: .*triton"),
+        (True, False, (9, 0), "cpu", torch.float32, "TRITON_INTERPRET=1"),
+        (True, True, (9, 0), "cpu", torch.float16, None),
+        (True, True, (9, 0), "cpu", torch.float64, "no float64"),
+        (True, True, (9, 0), "mps", torch.float32, "NVIDIA GPU"),
+    ],
+)
+def test_where_the_kernels_run(monkeypatch, has_triton, interpreted, capability, device, dtype, reason):
+    monkeypatch.setattr(core, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(core, "INTERPRETED", interpreted)
+    gpu = types.SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    auto = core.explain_impl(device=device, dtype=dtype)
+    if reason is None:
+        assert core.explain_impl("triton", device=device, dtype=dtype) == "triton (named)"
+        assert auto.startswith("triton (auto on cuda" if device == "cuda" else "torch (auto on cpu")
+    else:
+        with pytest.raises(ValueError, match=f"^impl = 'triton' with {dtype} on {device}: .*{reason}.*'torch'"):
+            core.explain_impl("triton", device=device, dtype=dtype)
+        assert auto.startswith("torch")
+        assert device != "cuda" or "because" in auto
 
 
 # ------------------------------------------------------------------------------------------------ GPU
@@ -573,5 +679,5 @@ def test_on_a_gpu(erase):
         reference = run(in_double(x), erase=erase, impl="reference")
         check(run(x, erase=erase, impl="torch"), reference)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            check(run(x, erase=erase, impl="auto"), reference)
-    assert core.explain_impl(device="cuda").startswith("torch")
+            check(run(x, erase=erase, impl="torch"), reference)
+    assert core.explain_impl(device="cuda", dtype=torch.float64).startswith("torch")

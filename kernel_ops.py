@@ -1,0 +1,422 @@
+"""The Triton kernels as PyTorch operators: shapes for tracing, gradients, and vmap. Nothing here computes.
+
+    delta_write(q, k, v, beta, g, initial_state, ...)                 kernels.write, write_backward
+    delta_read(q, k, g, gates, states, scales, new_v, links, ...)     kernels.read, read_backward
+    delta_step(q, k, v, beta, g, state, ...)                          kernels.step
+
+Each is an operator `torch.ops.groundthink.*` and, with gradients, the Python function `write`, `read` or `step` below, which is
+what `core` calls. An operator returns no None: what is absent is an empty tensor of shape [0].
+
+A memory that is read several times gets gradients from each read. Autograd adds up what arrives as gradients of one tensor,
+but these are float32, and what a read takes in (new_v, states) is 16 bit. So delta_write also returns two `links`, float32 zeros
+that take one element of storage: link_v [B, T, H, V] stands for new_v and link_s [B, N, H, K, V] for states. delta_read takes
+them in, looks at neither, and returns the gradients of new_v and states as theirs.
+
+Eager calls run an autograd function around the operator, which costs half of what the operator's own registered gradient does;
+under torch.compile the operator itself goes into the graph. Both use the same functions. torch.func transforms work in eager
+mode; torch.compile around torch.func.grad does not, as for any operator with a registered gradient. Letters: see core.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+NAMESPACE = "groundthink"
+_library = None  # dropped first, and its operators with it, where a notebook reloads this module
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class Write(NamedTuple):
+    """What delta_write returns: `out` and `state`, then what its backward and later reads need, then the links.
+
+    kernels.Written has shapes, dtypes and meanings; what is None there is an empty tensor here.
+    """
+
+    out: torch.Tensor
+    state: torch.Tensor
+    gates: torch.Tensor
+    inverse: torch.Tensor
+    states: torch.Tensor
+    scales: torch.Tensor
+    maps: torch.Tensor
+    new_v: torch.Tensor
+    link_v: torch.Tensor
+    link_s: torch.Tensor
+
+    @property
+    def saved(self):
+        """What kernels.write_backward takes of it."""
+        return self[2:7]
+
+    @property
+    def links(self):
+        return self.link_v, self.link_s
+
+
+@functools.cache
+def _kernels():
+    """The workbook's kernels.py, imported on first use: machines without Triton get this far only by asking for it."""
+    import kernels
+
+    here = pathlib.Path(__file__).resolve().with_name("kernels.py")
+    found = pathlib.Path(kernels.__file__ or "kernels").resolve()
+    if not (hasattr(kernels, "plan") and hasattr(kernels, "write_backward")):
+        raise ImportError(
+            f"`import kernels` found {found}, which is not the workbook's {here}. A package of the same name is installed "
+            "or was imported before: put the workbook's folder first on sys.path, or uninstall that package"
+        )
+    return kernels
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+
+def _fold(x, dim, members):
+    """The mapped axis joined to the batch: [.., E, .., B, ..] to [E B, ...]; every member its own copy of what is shared."""
+    if x is None or not isinstance(x, torch.Tensor) or x.numel() == 0:
+        return x
+    x = x.unsqueeze(0).expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _members_join_the_batch(op):
+    """The vmap rule of every operator here, all of whose tensors lead with B."""
+
+    def rule(info, in_dims, *args):
+        results = op(*(_fold(x, dim, info.batch_size) for x, dim in zip(args, in_dims, strict=True)))
+        many = isinstance(results, tuple)
+        results = results if many else (results,)
+        absent = [x.dim() == 1 for x in results]
+        results = tuple(x if a else x.unflatten(0, (info.batch_size, -1)) for x, a in zip(results, absent, strict=True))
+        dims = tuple(None if a else 0 for a in absent)
+        return (results, dims) if many else (results[0], dims[0])
+
+    return rule
+
+
+def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Callable, backward: Callable) -> Callable:
+    """Define an operator and return the function that calls it with gradients.
+
+    `launch` runs it and `fake` describes its results; `keep(ctx, inputs, output)` and `backward(ctx, *grads)` are its gradient,
+    as torch.library.register_autograd and torch.autograd.Function take them.
+    """
+    path = f"{NAMESPACE}::{name}"
+    torch.library.define(path, schema, lib=_library, tags=(torch.Tag.pt2_compliant_tag,))
+    # Where a graph breaks around an operator, Dynamo would trace into its launches.
+    torch.library.impl(path, ("cpu", "cuda"), torch.compiler.disable(launch), lib=_library)
+    torch.library.register_fake(path, fake, lib=_library)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    torch.library.register_autograd(path, backward, setup_context=keep, lib=_library)
+    torch.library.register_vmap(path, _members_join_the_batch(op), lib=_library)
+
+    def forward(*args):
+        return op(*args)
+
+    methods = dict(forward=forward, setup_context=keep, backward=backward)
+    function = type(
+        f"_{name}",
+        (torch.autograd.Function,),
+        {n: staticmethod(method) for n, method in methods.items()} | dict(generate_vmap_rule=True),
+    )
+    # What Function.apply ends in where no functorch transform is active, without its look at the signature (20 microseconds).
+    plain = super(torch.autograd.Function, function).apply
+
+    def call(*args):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return op(*args)
+        return function.apply(*args) if torch._C._are_functorch_transforms_active() else plain(*args)
+
+    return call
+
+
+def _keep_nothing(ctx, inputs, output):
+    pass
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("impl='triton' of the delta rule has no second derivative; impl='reference' has one")
+
+
+def _no_derivative_of_a_step(ctx, *grads):
+    raise NotImplementedError(
+        "the one-token kernel has no derivative: core.delta_step takes another path where one is wanted"
+    )
+
+
+def wants_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient of any of them may be asked for. Under a functorch transform, where it cannot be seen, always."""
+    if not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+def _dense(x):
+    """Kernels take row-major tensors. Gradients arrive expanded, inputs as slices of one projection."""
+    return x if x is None else x.contiguous()
+
+
+def _or_empty(x, like):
+    return like.new_empty(0) if x is None else x
+
+
+def _or_none(x):
+    return None if x is None or x.numel() == 0 else x.contiguous()
+
+
+def _links(k, v, N, wanted):
+    """link_v and link_s. Two tensors of one element each, because results of an operator may not share storage."""
+    if not wanted:
+        return k.new_empty(0, dtype=torch.float32), k.new_empty(0, dtype=torch.float32)
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    zero = functools.partial(k.new_zeros, (), dtype=torch.float32)
+    return zero().expand(B, T, H, V), zero().expand(B, N, H, K, V)
+
+
+def _plan(k, V):
+    """kernels.plan, for fake tensors too: where there is no GPU to ask, that of an H100."""
+    kernels = _kernels()
+    T, H, K, V = (
+        int(x) for x in (*k.shape[1:], V)
+    )  # a traced length becomes a number: chunks and blocks follow from it
+    real = k.device.type == "cuda" and torch.cuda.is_available()
+    return kernels.plan(T, H, K, V, k.dtype, kernels.shared_memory(k.device if real else torch.device("cpu")))
+
+
+# ------------------------------------------------------------------------------------------------ write
+
+
+def _write_backward(q, k, v, beta, g, S0, *rest):
+    *saved_and_grads, scale, raw, norm_q, norm_k = rest
+    tensors = map(_or_none, (q, k, v, beta, g, S0, *saved_and_grads))
+    results = _kernels().write_backward(*tensors, scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k)
+    return tuple(_or_empty(x, k) for x in results)
+
+
+def _write_backward_fake(q, k, v, beta, g, S0, *rest):
+    return tuple(k.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, beta, g, S0))
+
+
+_write_backward_call = _operator(
+    "delta_write_backward",
+    "(Tensor? q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor? initial_state, Tensor gates, Tensor inverse, "
+    "Tensor states, Tensor scales, Tensor maps, Tensor? d_out, Tensor? d_state, Tensor? d_new_v, "
+    "Tensor? d_states, float scale, bool raw, bool norm_q, bool norm_k) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, "
+    "Tensor dg, Tensor d_initial_state)",
+    _write_backward,
+    _write_backward_fake,
+    _keep_nothing,
+    _no_second_derivative,
+)
+
+
+def _write(q, k, v, beta, g, S0, scale, raw, norm_q, norm_k, saves, readable):
+    options = dict(scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k, saves=saves, readable=readable)
+    written = _kernels().write(*map(_dense, (q, k, v, beta, g, S0)), **options)
+    chunks = written.states.shape[1] if saves else 0
+    results = (getattr(written, name) for name in Write._fields[:-2])
+    return *(_or_empty(x, k) for x in results), *_links(k, v, chunks, saves and readable)
+
+
+def _write_fake(q, k, v, beta, g, S0, scale, raw, norm_q, norm_k, saves, readable):
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    p, keeps = _plan(k, V), saves or readable
+    C, N, half, full = p.C, p.N, torch.float32 if k.dtype == torch.float32 else torch.float16, torch.float32
+
+    def new(wanted, dtype, *shape):
+        return k.new_empty(shape, dtype=dtype) if wanted else k.new_empty(0)
+
+    return Write(
+        new(q is not None, v.dtype, B, T, H, V),
+        new(True, full, B, H, K, V),
+        new(keeps, full, B, N, H, 7, C),
+        new(saves, half, B, N, H, C, C),
+        new(keeps, half, B, N, H, K, V),
+        new(keeps, full, B, H),
+        new(saves and p.NB > 1, half, B, p.NB, H, K, K),
+        new(readable, half, B, T, H, V),
+        *_links(k, v, N, saves and readable),
+    )
+
+
+def _keep_write(ctx, inputs, output):
+    *tensors, scale, raw, norm_q, norm_k, saves, _ = inputs
+    written = Write(*output)
+    ctx.set_materialize_grads(False)
+    no_gradient = (*written.saved, written.new_v, *(x for x in (written.out, *written.links) if x.dim() == 1))
+    ctx.mark_non_differentiable(*no_gradient)
+    ctx.save_for_backward(*tensors, *written.saved)
+    ctx.options, ctx.saves = (scale, raw, norm_q, norm_k), saves
+
+
+def _write_gradients(ctx, d_out, d_state, *others):
+    *_, d_new_v, d_states = others
+    if not ctx.saves:
+        raise RuntimeError("delta_write with saves=False keeps nothing that gradients could be computed from")
+    q, *tensors = ctx.saved_tensors
+    if d_out is None:  # written with queries, and what they read not used
+        q = None
+    dq, *grads, d_S0 = _write_backward_call(q, *tensors, d_out, d_state, d_new_v, d_states, *ctx.options)
+    return None if q is None else dq, *grads, d_S0 if ctx.needs_input_grad[5] else None, *[None] * 6
+
+
+_write_call = _operator(
+    "delta_write",
+    "(Tensor? q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor? initial_state, float scale, bool raw, bool norm_q, "
+    "bool norm_k, bool saves, bool readable) -> (" + ", ".join(f"Tensor {name}" for name in Write._fields) + ")",
+    _write,
+    _write_fake,
+    _keep_write,
+    _write_gradients,
+)
+
+
+def write(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    *,
+    scale: float = 1.0,
+    raw: bool = False,
+    norm_q: bool = False,
+    norm_k: bool = False,
+    readable: bool = False,
+) -> Write:
+    """Write a memory, and read it with q unless that is None. With `readable` the result can go to `read` as often as wanted.
+
+    q, k `[B, T, H, K]`, v `[B, T, H, V]`, beta, g `[B, T, H]`, initial_state `[B, H, K, V]` float32: as `core.delta_rule` takes
+    them, checked. Keeps what a backward needs only where a gradient can be asked for.
+    """
+    saves = wants_gradients(q, k, v, beta, g, initial_state)
+    call = _write_call if saves else torch.ops.groundthink.delta_write.default
+    return Write(*call(q, k, v, beta, g, initial_state, scale, raw, norm_q, norm_k, saves, readable))
+
+
+# ------------------------------------------------------------------------------------------------ read
+
+
+def _read_backward(*args):
+    *tensors, scale, norm_q, norm_k = args
+    return tuple(_kernels().read_backward(*map(_dense, tensors), scale=scale, norm_q=norm_q, norm_k=norm_k))
+
+
+def _read_backward_fake(q, k, g, gates, states, scales, new_v, *rest):
+    inputs = tuple(x.new_empty(x.shape) for x in (q, k, g))
+    return *inputs, *(x.new_empty(x.shape, dtype=torch.float32) for x in (new_v, states))
+
+
+_read_backward_call = _operator(
+    "delta_read_backward",
+    "(Tensor q, Tensor k, Tensor g, Tensor gates, Tensor states, Tensor scales, Tensor new_v, Tensor d_out, float scale, "
+    "bool norm_q, bool norm_k) -> (Tensor dq, Tensor dk, Tensor dg, Tensor d_new_v, Tensor d_states)",
+    _read_backward,
+    _read_backward_fake,
+    _keep_nothing,
+    _no_second_derivative,
+)
+
+
+def _read(q, k, g, gates, states, scales, new_v, link_v, link_s, scale, norm_q, norm_k):
+    tensors = map(_dense, (q, k, gates, states, scales, new_v))
+    return _kernels().read(*tensors, scale=scale, norm_q=norm_q, norm_k=norm_k)
+
+
+def _read_fake(q, k, g, gates, states, scales, new_v, link_v, link_s, scale, norm_q, norm_k):
+    return q.new_empty(new_v.shape)
+
+
+def _keep_read(ctx, inputs, output):
+    *tensors, _link_v, _link_s, scale, norm_q, norm_k = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = (scale, norm_q, norm_k)
+
+
+def _read_gradients(ctx, d_out):
+    dq, dk, dg, d_new_v, d_states = _read_backward_call(*ctx.saved_tensors, d_out, *ctx.options)
+    if not ctx.needs_input_grad[7]:  # a memory that was written without gradients has no links
+        d_new_v = d_states = None
+    return dq, dk, dg, *[None] * 4, d_new_v, d_states, *[None] * 3
+
+
+_read_call = _operator(
+    "delta_read",
+    "(Tensor q, Tensor k, Tensor g, Tensor gates, Tensor states, Tensor scales, Tensor new_v, Tensor link_v, Tensor link_s, "
+    "float scale, bool norm_q, bool norm_k) -> Tensor",
+    _read,
+    _read_fake,
+    _keep_read,
+    _read_gradients,
+)
+
+
+def read(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    written: Write,
+    *,
+    scale: float = 1.0,
+    norm_q: bool = False,
+    norm_k: bool = False,
+) -> torch.Tensor:
+    """Read a memory with `q [B, T, H, K]`: `[B, T, H, V]` in the dtype of q. k, g and norm_k are those it was written with."""
+    tensors = q, k, g, written.gates, written.states, written.scales, written.new_v, *written.links
+    call = _read_call if wants_gradients(q, k, g, written.link_v) else torch.ops.groundthink.delta_read.default
+    return call(*tensors, scale, norm_q, norm_k)
+
+
+# ------------------------------------------------------------------------------------------------ one token
+
+
+def _step(q, k, v, beta, g, state, scale, raw, norm_q, norm_k):
+    tensors = map(_dense, (q, k, v, beta, g, state))
+    return tuple(_kernels().step(*tensors, scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k))
+
+
+def _step_fake(q, k, v, beta, g, state, scale, raw, norm_q, norm_k):
+    return v.new_empty(v.shape), state.new_empty(state.shape)
+
+
+_operator(
+    "delta_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor state, float scale, bool raw, bool norm_q, bool norm_k) "
+    "-> (Tensor out, Tensor next_state)",
+    _step,
+    _step_fake,
+    _keep_nothing,
+    _no_derivative_of_a_step,
+)
+
+
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    raw: bool = False,
+    norm_q: bool = False,
+    norm_k: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token: q, k `[B, H, K]`, v `[B, H, V]`, beta, g `[B, H]`, state `[B, H, K, V]` float32. Returns out and the next state.
+
+    No gradients: `wants_gradients` says when to take another path.
+    """
+    return torch.ops.groundthink.delta_step.default(q, k, v, beta, g, state, scale, raw, norm_q, norm_k)

@@ -1,0 +1,502 @@
+"""Triton kernels of the gated delta rule and their launchers. Imported by `core` when a call runs on a GPU, never before.
+
+A sequence of T tokens is cut into N chunks of C tokens and NB blocks of R chunks. With S the state on entry of a chunk, gc the
+running sum of the log-decays in it, and all products taken over the tokens of the chunk:
+
+    L[i, j] = beta_i (k_i . k_j) e^(gc_i - gc_j)  for j < i              X = (I + L)^-1
+    new_v   = X (beta (v - e^gc (k S)))                                  the values that are written in the end
+    S'      = e^gc_last S + k^T (e^(gc_last - gc) new_v)
+    out     = scale (e^gc (q S) + tril(q k^T e^(gc_i - gc_j)) new_v)
+
+    intra         X and the decays of every chunk, all in parallel
+    summarise     every block from an empty state: S' = w S - M S + D, the block as one affine map (w its whole decay)
+    scan          the chain over blocks: the state on entry of each, one product per block
+    walk          every block again from its true entry state: out, the states on entry of its chunks, the last state
+
+A block map M is what the block would hold had it written the values w k instead of v, so `summarise` is one walk over V + K
+columns. Backwards the same maps, transposed, carry dS from block to block:
+
+    read_gradients    what each chunk's own read sends back: dq, shares of dk and dg, and d_new_v = P^T d_out
+    walk_back         every block from nothing, then, after `scan` reversed, again: dS at the end of every chunk, and X^T d_new_v
+    gradients         dk, dv, d_beta and dg of every chunk, all in parallel
+    read, read_back   a memory that is read again, and its gradients
+
+Sequences of one block need neither summaries nor a scan. Block sizes depend on T and H, never on B, and nothing is added up
+atomically: a sequence gives the same bits alone, in a batch and on every run.
+
+Precision: operands of products in float16 with float32 sums for 16-bit inputs, all else in float32. Values that could leave the
+range of float16 are multiplied by powers of two first (`pieces.fit`). float32 inputs multiply in float32 as torch's own
+matrix products do: `torch.set_float32_matmul_precision`.
+
+Letters: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, R chunks per block, NB blocks. BK, BV: padded
+widths of tiles. Algebra: Yang et al., "Gated Delta Networks" (2024); the block maps are its chunk form composed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+import kernels_backward
+import kernels_forward
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched: warps, stages of the software pipeline, registers per thread at most (0: no limit)."""
+
+    warps: int
+    stages: int = 1
+    registers: int = 0
+
+    def options(self):
+        """As a launch takes them. Stages are an argument of the kernels' loops."""
+        options = dict(num_warps=self.warps)
+        if self.registers:
+            options["maxnreg"] = self.registers
+        return options
+
+
+class Plan(NamedTuple):
+    """Sizes that a shape runs with. Never a function of B: bits must not depend on the batch a sequence is in."""
+
+    C: int  # tokens per chunk
+    R: int  # chunks per block
+    N: int  # chunks
+    NB: int  # blocks
+    BK: int  # padded K
+    BV: int  # columns of V per program
+    VB: int  # programs over V
+    scan_columns: int
+    intra: Launch
+    summarise: Launch
+    scan: Launch
+    walk: Launch
+    walk_back: Launch
+    gradients: Launch
+
+
+# Tiles narrower than 64 columns make ptxas 12.8 to 12.9 (Triton 3.6) use a matrix descriptor it never set, for some kernels.
+LEAST = 16 if triton.knobs.runtime.interpret else 64
+
+
+def _power_of_two(n, least=16):
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(T: int, H: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448) -> Plan:
+    """Sizes and launches for sequences of T tokens and H heads, keys of width K, values of width V.
+
+    `shared`: bytes of shared memory that one program may take (99 KiB on sm_86, sm_89 and sm_120; 163 KiB on sm_80; 227 KiB on
+    sm_90 and sm_100).
+    """
+    BK, BV = max(LEAST, _power_of_two(K)), max(LEAST, min(64, _power_of_two(V)))
+    wide = (
+        BK > 128 or dtype == torch.float32
+    )  # tiles that registers hold only over twice the threads and half the tokens
+    small = shared < 160 << 10
+    C = min(32 if wide or small else 64, _power_of_two(T))
+    N = -(-T // C)
+    # About as many blocks as chunks in a block; one block where the chain over blocks, which holds a whole map, would not fit.
+    chain = (BK + 64) * BK * (8 if dtype == torch.float32 else 2)
+    R = N if N <= 8 or chain > shared else 1 << ((N - 1).bit_length() + 1) // 2
+    walking = Launch(8 if wide else 4, 1 if wide or small else 2)
+    single = walking._replace(stages=1)
+    return Plan(
+        C=C,
+        R=R,
+        N=N,
+        NB=-(-N // R),
+        BK=BK,
+        BV=BV,
+        VB=-(-V // BV),
+        scan_columns=16,
+        intra=single,
+        summarise=walking,
+        scan=single,
+        walk=walking,
+        walk_back=walking,
+        gradients=single,
+    )
+
+
+def _setting(x):
+    """Operand dtype of products, their precision, and the dtype such operands are kept in."""
+    if x.dtype != torch.float32:
+        return tl.float16, "tf32", torch.float16
+    return tl.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32", torch.float32
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take; an H100's for a device that is no GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232_448
+
+
+# ------------------------------------------------------------------------------------------------ launching
+
+_COMPILED = {}  # {key of a call: {place in it: (function, compiled kernel, values of its constant arguments)}}
+
+
+def _on_device(launcher):
+    """Run a launcher on the device of its keys, the second argument: Triton launches on the current one."""
+
+    @functools.wraps(launcher)
+    def run(*args, **options):
+        device = args[1].device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(*args, **options)
+        with torch.cuda.device(device):
+            return launcher(*args, **options)
+
+    return run
+
+
+class _Launches:
+    """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
+    everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
+
+    `tensors` are the arguments that a caller chose: their dtypes, device and alignment are part of the key.
+    """
+
+    def __init__(self, key, tensors):
+        given = [x for x in tensors if x is not None]
+        known = given[0].is_cuda and not any(
+            x.data_ptr() % 16 for x in given
+        )  # aligned as Triton likes it, and torch allocates
+        key = (key, given[0].device, tuple(None if x is None else x.dtype for x in tensors))
+        self.compiled = _COMPILED.setdefault(key, {}) if known else None
+        self.count = 0
+
+    def __call__(self, function, programs, *args, options, **constants):
+        at, self.count = self.count, self.count + 1
+        if self.compiled is not None:
+            of, kernel, values = self.compiled.get(at, (None, None, None))
+            if of is function:  # another one where a notebook has reloaded an edited module
+                kernel[(programs, 1, 1)](*args, *values)
+                return
+        kernel = function[(programs,)](*args, **constants, **options)
+        if self.compiled is not None:
+            self.compiled[at] = function, kernel, [constants[name] for name in function.arg_names[len(args) :]]
+
+
+# ------------------------------------------------------------------------------------------------ launchers
+
+
+class Written(NamedTuple):
+    """What `write` returns; None for what was not asked for. 16 bit: float16, or float32 for float32 inputs.
+
+    out [B, T, H, V] in the dtype of v             what was read with q
+    state [B, H, K, V] float32                     after the last token
+    gates [B, N, H, 7, C] float32                  decays inside every chunk (`vector`)
+    inverse [B, N, H, C, C] 16 bit                 X of every chunk
+    states [B, N, H, K, V] 16 bit                  on entry of every chunk, times its scale
+    scales [B, H] float32                          powers of two
+    maps [B, NB, H, K, K] 16 bit                   M of every block, where there is more than one
+    new_v [B, T, H, V] 16 bit                      the values written, times the scale
+    """
+
+    out: torch.Tensor | None
+    state: torch.Tensor
+    gates: torch.Tensor | None
+    inverse: torch.Tensor | None
+    states: torch.Tensor | None
+    scales: torch.Tensor | None
+    maps: torch.Tensor | None
+    new_v: torch.Tensor | None
+
+
+@_on_device
+def write(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    S0: torch.Tensor | None,
+    *,
+    scale: float,
+    raw: bool,
+    norm_q: bool,
+    norm_k: bool,
+    saves: bool,
+    readable: bool,
+) -> Written:
+    """Write a memory and, with q, read it. `saves` keeps what `write_backward` needs, `readable` what `read` needs."""
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    op, prec, half = _setting(k)
+    new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
+    tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
+    run = _Launches(("write", B, T, H, K, V, p, prec, raw, norm_q, norm_k, saves, readable), (k, q, v, beta, g, S0))
+    reads = q is not None
+    gates = new((B, N, H, 7, C), dtype=torch.float32)
+    inverse = new((B, N, H, C, C), dtype=half)
+    sizes = new((B, H, N), dtype=torch.float32)
+    run(
+        kernels_forward.intra, 2 * B * H * N,
+        k, v, beta, g, k if S0 is None else S0, inverse, gates, sizes, T, H, N, K, V,
+        BV=BV, HAS_START=S0 is not None, RAW=raw, NORM_K=norm_k, **tiles, options=p.intra.options(),
+    )  # fmt: skip
+    maps, entries = None, S0
+    if NB > 1:
+        maps = new((B, NB, H, K, K), dtype=half)
+        entries = new((B, NB, H, K, V), dtype=torch.float32)
+        wholes = new((B, NB, H), dtype=torch.float32)
+        KB = -(-K // BV)
+        run(
+            kernels_forward.summarise, B * H * NB * (VB + KB),
+            k, v, gates, inverse, sizes, maps, entries, wholes, T, H, N, p.R, NB, K, V,
+            BV=BV, VB=VB, KB=KB, STAGES=p.summarise.stages, **tiles, options=p.summarise.options(),
+        )  # fmt: skip
+        _chain(run, p, S0, maps, entries, wholes, sizes, None, reverse=False)
+    state = new((B, H, K, V), dtype=torch.float32)
+    keeps = saves or readable
+    out = new((B, T, H, V), dtype=v.dtype) if reads else None
+    states = new((B, N, H, K, V), dtype=half) if keeps else None
+    scales = new((B, H), dtype=torch.float32) if keeps else None
+    new_v = new((B, T, H, V), dtype=half) if readable else None
+    run(
+        kernels_forward.walk, B * H * NB * VB,
+        q if reads else k, k, v, gates, inverse, sizes, entries if entries is not None else k,
+        out if reads else k, state, states if keeps else k, scales if keeps else k, new_v if readable else k,
+        scale, T, H, N, p.R, NB, K, V,
+        BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=reads, SAVE=keeps, KEEP=readable,
+        NORM_Q=norm_q, NORM_K=norm_k, **tiles, options=p.walk.options(),
+    )  # fmt: skip
+    return Written(
+        out,
+        state,
+        gates if keeps else None,
+        inverse if saves else None,
+        states,
+        scales,
+        maps if saves else None,
+        new_v if readable else None,
+    )
+
+
+def _sizes(run, p, x, start):
+    """`size` of x [B, T, H, V] and of `start` [B, H, K, V], either of which may be None: [B, H, N] float32, None for neither."""
+    if x is None and start is None:
+        return None
+    if x is not None:
+        B, T, H, V = x.shape
+        K = 1 if start is None else start.shape[-2]
+    else:
+        (B, H, K, V), T = start.shape, 1
+    sizes = (start if x is None else x).new_empty((B, H, p.N), dtype=torch.float32)
+    run(
+        kernels_forward.size, B * H * p.N,
+        start if x is None else x, x if start is None else start, sizes, T, H, p.N, K, V,
+        C=p.C, BV=min(128, _power_of_two(V)), HAS_X=x is not None, HAS_START=start is not None, options={"num_warps": 4},
+    )  # fmt: skip
+    return sizes
+
+
+def _chain(run, p, start, maps, deltas, wholes, sizes, last, *, reverse):
+    """`scan` over the blocks of all sequences and heads, in place in `deltas`."""
+    B, NB, H, K, V = deltas.shape
+    VB = -(-V // p.scan_columns)
+    op, prec, _ = _setting(maps)
+    run(
+        kernels_forward.scan, B * H * VB,
+        deltas if start is None else start, maps, deltas, wholes, sizes, deltas if last is None else last, H, p.N, NB, K, V,
+        BK=p.BK, BV=p.scan_columns, VB=VB, HAS_START=start is not None, REVERSE=reverse,
+        HAS_LAST=last is not None, OP=op, PREC=prec, options=p.scan.options(),
+    )  # fmt: skip
+
+
+AT_ONCE = 64 << 20  # bytes of gradients of states that are held at once, where heads can be taken in groups
+
+
+@_on_device
+def write_backward(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    S0: torch.Tensor | None,
+    gates: torch.Tensor,
+    inverse: torch.Tensor,
+    states: torch.Tensor,
+    scales: torch.Tensor,
+    maps: torch.Tensor | None,
+    d_out: torch.Tensor | None,
+    d_state: torch.Tensor | None,
+    d_new_v: torch.Tensor | None,
+    d_states: torch.Tensor | None,
+    *,
+    scale: float,
+    raw: bool,
+    norm_q: bool,
+    norm_k: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients (dq, dk, dv, d_beta, dg, dS0) of `write`, from those of out, of the last state, and of later reads.
+
+    d_new_v [B, T, H, V] and d_states [B, N, H, K, V], float32, are what `read_backward` returns, added up over reads.
+    """
+    B, T, H, K = k.shape
+    V = v.shape[-1]
+    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    op, prec, half = _setting(k)
+    new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
+    tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
+    run = _Launches(
+        ("write_backward", B, T, H, K, V, p, prec, raw, norm_q, norm_k),
+        (k, q, v, beta, g, S0, d_out, d_state, d_new_v, d_states, inverse, states),
+    )
+    reads, later = q is not None and d_out is not None, d_new_v is not None
+    dq = torch.empty_like(q) if reads else None
+    dk, dv, d_beta, dg = (torch.empty_like(x) for x in (k, v, beta, g))
+    exits = new((B, NB, H, K, V), dtype=torch.float32)
+    dS0 = new((B, H, K, V), dtype=torch.float32) if S0 is not None and NB > 1 else None
+    wholes = new((B, NB, H), dtype=torch.float32) if NB > 1 else exits
+    group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
+    d_ends = new((group, N, K, V), dtype=half)
+    d_scales = new((B, H), dtype=torch.float32)
+    sizes = _sizes(run, p, d_new_v, d_state)
+    has_sizes = sizes is not None
+    if not has_sizes:
+        sizes = new((B, H, N), dtype=torch.float32) if reads else new((B, H, N), dtype=torch.float32).zero_()
+    read_scales = torch.empty_like(sizes) if reads else sizes
+    # dv and dk hold, in 16 bit, what one kernel hands the next, until the last writes them.
+    gR, dk_read = dv.view(half), dk.view(half)
+    dg_read = new((B, H, N, C), dtype=torch.float32) if reads else k
+
+    def walk(count, first_head, summary):
+        run(
+            kernels_backward.walk_back, count * NB * VB,
+            q if reads else k, k, gates, inverse, sizes, d_out if reads else k,
+            d_new_v if later else k, d_states if later else k, exits, wholes, d_ends, d_scales, gR, read_scales,
+            scale, first_head, T, H, N, p.R, NB, K, V,
+            BV=BV, VB=VB, SUMMARY=summary, STAGES=p.walk_back.stages, READ=reads, LATER=later, NORM_Q=norm_q,
+            **tiles, options=p.walk_back.options(),
+        )  # fmt: skip
+
+    if reads:
+        run(
+            kernels_backward.read_gradients, B * H * N,
+            q, k, v, gates, inverse, states, scales, sizes, d_out, dq, dk_read, dg_read, gR, read_scales,
+            scale, T, H, N, K, V,
+            BV=BV, VB=VB, HAS_SIZES=has_sizes, NORM_Q=norm_q, NORM_K=norm_k, **tiles, options=p.gradients.options(),
+        )  # fmt: skip
+    if NB > 1:
+        walk(B * H, 0, True)
+        _chain(run, p, d_state, maps, exits, wholes, sizes, dS0, reverse=True)
+    elif d_state is not None:
+        exits.view_as(d_state).copy_(d_state)
+    else:
+        exits.zero_()
+    for first_head in range(0, B * H, group):
+        count = min(group, B * H - first_head)
+        walk(count, first_head, False)
+        run(
+            kernels_backward.gradients, count * N,
+            k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_read, dg_read, gR, read_scales,
+            dk, dv, d_beta, dg, first_head, T, H, N, K, V,
+            BV=BV, VB=VB, READ=reads, RAW=raw, NORM_K=norm_k, **tiles, options=p.gradients.options(),
+        )  # fmt: skip
+    if S0 is not None and NB == 1:
+        dS0 = exits.view(B, H, K, V)
+    return dq, dk, dv, d_beta, dg, dS0
+
+
+@_on_device
+def read(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    gates: torch.Tensor,
+    states: torch.Tensor,
+    scales: torch.Tensor,
+    new_v: torch.Tensor,
+    *,
+    scale: float,
+    norm_q: bool,
+    norm_k: bool,
+) -> torch.Tensor:
+    """A further read of a memory written with `readable=True`: out [B, T, H, V] in the dtype of q."""
+    B, T, H, K = k.shape
+    V = new_v.shape[-1]
+    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    op, prec, _ = _setting(k)
+    run = _Launches(("read", B, T, H, K, V, p, prec, norm_q, norm_k), (k, q, states, new_v))
+    out = q.new_empty((B, T, H, V))
+    run(
+        kernels_forward.read, B * H * p.N * p.VB,
+        q, k, gates, states, scales, new_v, out, scale, T, H, p.N, K, V,
+        C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
+        options=p.walk.options(),
+    )  # fmt: skip
+    return out
+
+
+@_on_device
+def read_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    gates: torch.Tensor,
+    states: torch.Tensor,
+    scales: torch.Tensor,
+    new_v: torch.Tensor,
+    d_out: torch.Tensor,
+    *,
+    scale: float,
+    norm_q: bool,
+    norm_k: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients (dq, dk, dg, d_new_v, d_states) of `read`; the last two, float32, go to `write_backward`."""
+    B, T, H, K = k.shape
+    V = new_v.shape[-1]
+    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    op, prec, _ = _setting(k)
+    run = _Launches(("read_backward", B, T, H, K, V, p, prec, norm_q, norm_k), (k, q, g, states, new_v, d_out))
+    dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))
+    d_new_v = k.new_empty((B, T, H, V), dtype=torch.float32)
+    d_states = k.new_empty((B, p.N, H, K, V), dtype=torch.float32)
+    run(
+        kernels_backward.read_back, B * H * p.N,
+        q, k, g, gates, states, scales, new_v, d_out, dq, dk, dg, d_new_v, d_states, scale, T, H, p.N, K, V,
+        C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
+        options=p.gradients.options(),
+    )  # fmt: skip
+    return dq, dk, dg, d_new_v, d_states
+
+
+@_on_device
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    scale: float,
+    raw: bool,
+    norm_q: bool,
+    norm_k: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token: q, k [B, H, K], v [B, H, V], beta, g [B, H], state [B, H, K, V] float32. Returns (out, next state)."""
+    B, H, K = k.shape
+    V = v.shape[-1]
+    BK = _power_of_two(K)
+    BV = min(_power_of_two(V), max(16, 2048 // BK))
+    VB = -(-V // BV)
+    run = _Launches(("step", B, H, K, V, raw, norm_q, norm_k), (k, q, v, beta, g, state))
+    out, next_state = torch.empty_like(v), torch.empty_like(state)
+    run(
+        kernels_forward.step, B * H * VB,
+        q, k, v, beta, g, state, out, next_state, scale, K, V,
+        BK=BK, BV=BV, VB=VB, RAW=raw, NORM_Q=norm_q, NORM_K=norm_k, options={"num_warps": 4},
+    )  # fmt: skip
+    return out, next_state

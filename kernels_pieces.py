@@ -1,0 +1,185 @@
+"""What the Triton kernels of the delta rule are put together from: tiles, decays, scales. See kernels.py for the letters."""
+
+import triton
+import triton.language as tl
+
+NORM_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def load_rows(pointer, rows, cols, stride, n_rows, n_cols):
+    """Tile [rows, cols] of a row-major matrix, zero beyond its n_rows and n_cols."""
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    return tl.load(pointer + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_columns(pointer, cols, rows, stride, n_rows, n_cols):
+    """The same tile transposed, [cols, rows].
+
+    A tile that a loop needs both ways is loaded twice: Triton prefetches no load that has two different uses.
+    """
+    mask = (rows[None, :] < n_rows) & (cols[:, None] < n_cols)
+    return tl.load(pointer + rows[None, :] * stride + cols[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, tile, rows, cols, stride, n_rows, n_cols):
+    mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+    tl.store(pointer + rows[:, None] * stride + cols[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inverse_norm(x, NORM: tl.constexpr):
+    """1 / |x| of every row, or ones. A row factor instead of a normalised tile: x itself enters products unrounded."""
+    if NORM:
+        x = x.to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x, 1) + NORM_EPS)
+    else:
+        return tl.full([x.shape[0]], 1.0, tl.float32)
+
+
+@triton.jit
+def inverse_norm_of_columns(x, NORM: tl.constexpr):
+    """`inverse_norm` of a transposed tile."""
+    if NORM:
+        x = x.to(tl.float32)
+        return tl.rsqrt(tl.sum(x * x, 0) + NORM_EPS)
+    else:
+        return tl.full([x.shape[1]], 1.0, tl.float32)
+
+
+@triton.jit
+def _power(exponent):
+    """2^exponent as float32, the exponent held between -112 and 112."""
+    return ((tl.minimum(tl.maximum(exponent, -112), 112) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exponent(x):
+    return (x.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def fit(sizes, bh, N, OP: tl.constexpr):
+    """A power of two that brings the values of a sequence and head into float16, from the largest of every chunk.
+
+    1 where that lies between 2^-8 and 2^8, else in steps of 2^16: coarse on purpose, for a finer one would move the rounding of
+    the smallest values of a token with the size of later tokens. The state may outgrow the values 2^8 times at least.
+    """
+    if OP == tl.float16:
+        return _power(-(((_exponent(_maximum(sizes, bh, N)) + 8) >> 4) << 4))
+    else:
+        return 1.0
+
+
+@triton.jit
+def fit_gradients(sizes, bh, N, OP: tl.constexpr):
+    """The same for gradients, which come in any size: the largest is brought to 2^-6, and their sums may grow 2^22 times."""
+    if OP == tl.float16:
+        return _power(-6 - _exponent(_maximum(sizes, bh, N)))
+    else:
+        return 1.0
+
+
+@triton.jit
+def tight(largest, OP: tl.constexpr):
+    """A power of two that brings values of magnitude `largest` to between 1 and 2."""
+    if OP == tl.float16:
+        return _power(-_exponent(largest))
+    else:
+        return 1.0
+
+
+@triton.jit
+def _maximum(sizes, bh, N):
+    largest = tl.zeros([512], tl.float32)
+    for start in range(0, N, 512):
+        at = start + tl.arange(0, 512)
+        largest = tl.maximum(largest, tl.load(sizes + bh * N + at, mask=at < N, other=0.0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def amax(x):
+    return tl.max(tl.max(tl.abs(x.to(tl.float32)), 1), 0)
+
+
+@triton.jit
+def amax_of_state(state, K, V, C: tl.constexpr, BV: tl.constexpr):
+    largest = 0.0
+    for row in range(0, K, C):
+        for vb in range(0, V, BV):
+            cols = vb + tl.arange(0, BV)
+            tile = load_rows(state + row * V, tl.arange(0, C), cols, V, tl.minimum(K - row, C), V)
+            largest = tl.maximum(largest, amax(tile))
+    return largest
+
+
+@triton.jit
+def amax_of_chunk(x, pid, T, H, N, V, C: tl.constexpr, BV: tl.constexpr):
+    """Of chunk pid % N of x [B, T, H, V]."""
+    n, bh = pid % N, pid // N
+    first = (bh // H * T + n * C) * H + bh % H
+    left = tl.minimum(T - n * C, C).to(tl.int32)
+    largest = 0.0
+    for vb in range(0, V, BV):
+        tile = load_rows(x + first * V, tl.arange(0, C), vb + tl.arange(0, BV), H * V, left, V)
+        largest = tl.maximum(largest, amax(tile))
+    return largest
+
+
+@triton.jit
+def vector(gates, chunk, row: tl.constexpr, i, C: tl.constexpr):
+    """One of the vectors [C] that `intra` leaves for a chunk.
+
+    0 e^gc   1 beta e^gc / |k| (erase="raw": gc of the token before)   2 e^(gc_last - gc) / |k|   3 beta
+    4 and 5 gc, in two parts where products are in float32   6 1 / |k|         (|k|: 1 where keys are not normalised)
+    """
+    return tl.load(gates + (chunk * 7 + row) * C + i)
+
+
+@triton.jit
+def decays(coarse, rest, row_coarse, row_rest, keep, TWO: tl.constexpr):
+    """e^(gc_i - gc_j) where `keep`, else 0. Masked before exp, where the differences would overflow."""
+    gap = row_coarse[:, None] - coarse[None, :]
+    if TWO:
+        gap += row_rest[:, None] - rest[None, :]
+    return tl.where(keep, tl.exp(tl.where(keep, gap, 0.0)), 0.0)
+
+
+@triton.jit
+def scores(
+    q16, k_t, gates, chunk, norm_q, i, C: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_K: tl.constexpr
+):
+    """P [C, C] = tril(q k^T e^(gc_i - gc_j)) from q [C, BK] and the transposed keys [BK, C]."""
+    coarse, rest = vector(gates, chunk, 4, i, C), vector(gates, chunk, 5, i, C)
+    decay = decays(coarse, rest, coarse, rest, i[:, None] >= i[None, :], OP == tl.float32)
+    P = tl.dot(q16, k_t, input_precision=PREC) * decay * norm_q[:, None]
+    if NORM_K:
+        P *= vector(gates, chunk, 6, i, C)[None, :]
+    return P.to(OP)
+
+
+@triton.jit
+def scores_t(
+    k16, q_t, gates, chunk, norm_q, i, C: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_K: tl.constexpr
+):
+    """P transposed, from keys [C, BK] and the transposed queries."""
+    coarse, rest = vector(gates, chunk, 4, i, C), vector(gates, chunk, 5, i, C)
+    since = i[:, None] <= i[None, :]
+    gap = coarse[None, :] - coarse[:, None]
+    if OP == tl.float32:
+        gap += rest[None, :] - rest[:, None]
+    decay = tl.where(since, tl.exp(tl.where(since, gap, 0.0)), 0.0)
+    P = tl.dot(k16, q_t, input_precision=PREC) * decay * norm_q[None, :]
+    if NORM_K:
+        P *= vector(gates, chunk, 6, i, C)[:, None]
+    return P.to(OP)
+
+
+@triton.jit
+def new_values(k16, S16, X, values, strength, recall, OP: tl.constexpr, PREC: tl.constexpr):
+    recalled = tl.dot(k16, S16, input_precision=PREC)
+    R_ = strength[:, None] * values.to(tl.float32) - recall[:, None] * recalled
+    return tl.dot(X, R_.to(OP), input_precision=PREC).to(OP)
