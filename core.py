@@ -52,10 +52,12 @@ class Memory(abc.ABC):
     """What `delta_write` wrote, readable at every position: position t sees the writes at positions <= t and no later one.
 
     `state [B, H, K, V]` is the state after the last token (float32; float64 for float64 inputs). It carries gradients, and as the
-    `initial_state` of the next call it continues the sequence.
+    `initial_state` of the next call it continues the sequence. `out [B, T, H, V]` is what queries
+    given with the write read, None without.
     """
 
     state: torch.Tensor
+    out: torch.Tensor | None = None
     _k: torch.Tensor
 
     def read(self, q: torch.Tensor, scale: float = 1.0, *, normalize: bool = False) -> torch.Tensor:
@@ -134,12 +136,14 @@ class _ChunkedMemory(Memory):
 class _TritonMemory(Memory):
     """The Triton kernels, which choose chunks of their own. Keeps the same as `_ChunkedMemory`, in float16 for 16-bit inputs."""
 
-    def __init__(self, k, v, beta, g, initial_state, raw, normalize, chunk_size):
+    def __init__(self, k, v, beta, g, initial_state, raw, normalize, q, scale, normalize_q):
         import kernel_ops
 
         self._k, self._g, self._normalize = k, g, normalize
-        self._written = kernel_ops.write(None, k, v, beta, g, initial_state, raw=raw, norm_k=normalize, readable=True)
+        options = dict(scale=scale, raw=raw, norm_q=normalize_q, norm_k=normalize, readable=True)
+        self._written = kernel_ops.write(q, k, v, beta, g, initial_state, **options)
         self.state = self._written.state
+        self.out = None if q is None else self._written.out
 
     def _read(self, q, scale, normalize):
         import kernel_ops
@@ -164,7 +168,7 @@ def _check_tensor(name, x, letters, shape, dtypes, device):
 
 
 def _check_scale(scale):
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise ValueError(f"scale = {scale!r}: expected a finite number")
 
 
@@ -359,24 +363,37 @@ def delta_write(
     beta: torch.Tensor,
     g: torch.Tensor,
     *,
+    q: torch.Tensor | None = None,
+    scale: float = 1.0,
     initial_state: torch.Tensor | None = None,
     erase: str = "decayed",
     normalize_k: bool = False,
+    normalize_q: bool = False,
     chunk_size: int = 64,
     impl: str = "auto",
     check_finite: bool = False,
 ) -> Memory:
     """The write half of `delta_rule`, for a memory that is read more than once or by several layers.
 
-    Arguments and errors are those of `delta_rule`; `delta_write(k, v, beta, g).read(q, scale)` is its `out`. `normalize_k` is its
-    `normalize_qk` for the keys; for the queries it is an option of `Memory.read`.
+    Arguments and errors are those of `delta_rule`; `delta_write(k, v, beta, g).read(q, scale)` is its `out`. Queries that are at
+    hand when the memory is written can come along as `q`: what they read is `Memory.out`, and on a GPU one kernel does both.
+    `normalize_k` and `normalize_q` are `normalize_qk` of `delta_rule`, one by one.
     """
-    _validate(k=k, v=v, beta=beta, g=g, state=initial_state, erase=erase, check_finite=check_finite)
+    given = {} if q is None else dict(q=q)
+    _validate(k=k, v=v, beta=beta, g=g, state=initial_state, erase=erase, check_finite=check_finite, **given)
+    _check_scale(scale)
     _check_chunk_size(chunk_size)
     _check_flag("normalize_k", normalize_k)
+    _check_flag("normalize_q", normalize_q)
     name, _ = _choose(impl, k.device, k.dtype)
+    scale, raw = float(scale), erase == "raw"
+    if name == "triton":
+        return _TritonMemory(k, v, beta, g, initial_state, raw, normalize_k, q, scale, normalize_q)
     with chunked.full_precision(k.device):
-        return IMPLS[name](k, v, beta, g, initial_state, erase == "raw", normalize_k, chunk_size)
+        memory = IMPLS[name](k, v, beta, g, initial_state, raw, normalize_k, chunk_size)
+        if q is not None:
+            memory.out = memory._read(q, scale, normalize_q)
+        return memory
 
 
 def delta_step(

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 
 NAMESPACE = "groundthink"
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # and no subclass, which may want to see the operator
 _library = None  # dropped first, and its operators with it, where a notebook reloads this module
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -114,22 +115,23 @@ def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Ca
     torch.library.register_autograd(path, backward, setup_context=keep, lib=_library)
     torch.library.register_vmap(path, _members_join_the_batch(op), lib=_library)
 
-    def forward(*args):
-        return op(*args)
+    def function(forward):
+        methods = dict(forward=forward, setup_context=keep, backward=backward)
+        members = {n: staticmethod(method) for n, method in methods.items()}
+        return type(f"_{name}", (torch.autograd.Function,), members | dict(generate_vmap_rule=True))
 
-    methods = dict(forward=forward, setup_context=keep, backward=backward)
-    function = type(
-        f"_{name}",
-        (torch.autograd.Function,),
-        {n: staticmethod(method) for n, method in methods.items()} | dict(generate_vmap_rule=True),
-    )
-    # What Function.apply ends in where no functorch transform is active, without its look at the signature (20 microseconds).
-    plain = super(torch.autograd.Function, function).apply
+    # Transforms see the operator. A plain call goes past it, and past Function.apply's look at its signature: what
+    # Function.apply ends in where no transform is active. Together these cost more than the launches of a small memory.
+    transformed = function(lambda *args: op(*args)).apply
+    plain = super(torch.autograd.Function, function(launch)).apply
 
     def call(*args):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[1]) not in PLAIN:
             return op(*args)
-        return function.apply(*args) if torch._C._are_functorch_transforms_active() else plain(*args)
+        if torch._C._are_functorch_transforms_active():
+            return transformed(*args) if torch.is_grad_enabled() else op(*args)
+        wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        return plain(*args) if wanted else launch(*args)
 
     return call
 
@@ -190,7 +192,7 @@ def _plan(k, V):
         int(x) for x in (*k.shape[1:], V)
     )  # a traced length becomes a number: chunks and blocks follow from it
     real = k.device.type == "cuda" and torch.cuda.is_available()
-    return kernels.plan(T, H, K, V, k.dtype, kernels.shared_memory(k.device if real else torch.device("cpu")))
+    return kernels.plan(T, H, K, V, k.dtype, *kernels.limits(k.device if real else torch.device("cpu")))
 
 
 # ------------------------------------------------------------------------------------------------ write
@@ -302,8 +304,7 @@ def write(
     them, checked. Keeps what a backward needs only where a gradient can be asked for.
     """
     saves = wants_gradients(q, k, v, beta, g, initial_state)
-    call = _write_call if saves else torch.ops.groundthink.delta_write.default
-    return Write(*call(q, k, v, beta, g, initial_state, scale, raw, norm_q, norm_k, saves, readable))
+    return Write(*_write_call(q, k, v, beta, g, initial_state, scale, raw, norm_q, norm_k, saves, readable))
 
 
 # ------------------------------------------------------------------------------------------------ read
@@ -375,8 +376,7 @@ def read(
 ) -> torch.Tensor:
     """Read a memory with `q [B, T, H, K]`: `[B, T, H, V]` in the dtype of q. k, g and norm_k are those it was written with."""
     tensors = q, k, g, written.gates, written.states, written.scales, written.new_v, *written.links
-    call = _read_call if wants_gradients(q, k, g, written.link_v) else torch.ops.groundthink.delta_read.default
-    return call(*tensors, scale, norm_q, norm_k)
+    return _read_call(*tensors, scale, norm_q, norm_k)
 
 
 # ------------------------------------------------------------------------------------------------ one token
@@ -391,7 +391,7 @@ def _step_fake(q, k, v, beta, g, state, scale, raw, norm_q, norm_k):
     return v.new_empty(v.shape), state.new_empty(state.shape)
 
 
-_operator(
+_step_call = _operator(
     "delta_step",
     "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor g, Tensor state, float scale, bool raw, bool norm_q, bool norm_k) "
     "-> (Tensor out, Tensor next_state)",
@@ -419,4 +419,4 @@ def step(
 
     No gradients: `wants_gradients` says when to take another path.
     """
-    return torch.ops.groundthink.delta_step.default(q, k, v, beta, g, state, scale, raw, norm_q, norm_k)
+    return _step_call(q, k, v, beta, g, state, scale, raw, norm_q, norm_k)

@@ -73,6 +73,7 @@ class Plan(NamedTuple):
     BV: int  # columns of V per program
     VB: int  # programs over V
     scan_columns: int
+    reads_as_it_walks: bool  # one kernel for both, or `read` after `walk`
     intra: Launch
     summarise: Launch
     scan: Launch
@@ -90,21 +91,23 @@ def _power_of_two(n, least=16):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(T: int, H: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448) -> Plan:
+def plan(T: int, H: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, generation: int = 9) -> Plan:
     """Sizes and launches for sequences of T tokens and H heads, keys of width K, values of width V.
 
     `shared`: bytes of shared memory that one program may take (99 KiB on sm_86, sm_89 and sm_120; 163 KiB on sm_80; 227 KiB on
-    sm_90 and sm_100).
+    sm_90 and sm_100). `generation`: the major compute capability.
     """
     BK, BV = max(LEAST, _power_of_two(K)), max(LEAST, min(64, _power_of_two(V)))
-    wide = (
-        BK > 128 or dtype == torch.float32
-    )  # tiles that registers hold only over twice the threads and half the tokens
+    full = dtype == torch.float32
+    wide = BK > 128 or full  # tiles that registers hold only over twice the threads and half the tokens
     small = shared < 160 << 10
     C = min(32 if wide or small else 64, _power_of_two(T))
+    if BK > 128 and (small or generation >= 10):  # sums live in tensor memory on sm_100, of 512 columns
+        BV = min(BV, 16 if small and full else 32)
+        C = min(C, 16) if small else C
     N = -(-T // C)
     # About as many blocks as chunks in a block; one block where the chain over blocks, which holds a whole map, would not fit.
-    chain = (BK + 64) * BK * (8 if dtype == torch.float32 else 2)
+    chain = (BK + 64) * BK * (8 if full else 2)
     R = N if N <= 8 or chain > shared else 1 << ((N - 1).bit_length() + 1) // 2
     walking = Launch(8 if wide else 4, 1 if wide or small else 2)
     single = walking._replace(stages=1)
@@ -117,9 +120,10 @@ def plan(T: int, H: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_4
         BV=BV,
         VB=-(-V // BV),
         scan_columns=16,
+        reads_as_it_walks=BK <= 64 or wide,  # 128 columns of q, k and P beside S spill: 135 us in one, 100 in two
         intra=single,
         summarise=walking,
-        scan=single,
+        scan=single if BK <= 64 else single._replace(warps=8),
         walk=walking,
         walk_back=walking,
         gradients=single,
@@ -134,14 +138,18 @@ def _setting(x):
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take; an H100's for a device that is no GPU."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232_448
+def limits(device: torch.device) -> tuple[int, int]:
+    """What `plan` asks of a device: bytes of shared memory that one program may take, and the major compute capability. Those of
+    an H100 for a device that is no GPU."""
+    if device.type != "cuda":
+        return 232_448, 9
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, properties.major
 
 
 # ------------------------------------------------------------------------------------------------ launching
 
-_COMPILED = {}  # {key of a call: {place in it: (function, compiled kernel, values of its constant arguments)}}
+_COMPILED = {}  # {key of a call: {place in it: (function, what launches it compiled, ..., values of its constant arguments)}}
 
 
 def _on_device(launcher):
@@ -158,6 +166,12 @@ def _on_device(launcher):
     return run
 
 
+def _watched():
+    """Whether a profiler of Triton's wants to hear of launches: then they go through Triton."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))  # a chain of hooks in Triton 3.5 and later
+
+
 class _Launches:
     """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
     everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
@@ -172,18 +186,20 @@ class _Launches:
         )  # aligned as Triton likes it, and torch allocates
         key = (key, given[0].device, tuple(None if x is None else x.dtype for x in tensors))
         self.compiled = _COMPILED.setdefault(key, {}) if known else None
+        self.stream = triton.runtime.driver.active.get_current_stream(given[0].device.index) if known else None
         self.count = 0
 
     def __call__(self, function, programs, *args, options, **constants):
         at, self.count = self.count, self.count + 1
-        if self.compiled is not None:
-            of, kernel, values = self.compiled.get(at, (None, None, None))
+        if self.compiled is not None and not _watched():
+            of, run, kernel, metadata, values = self.compiled.get(at, (None,) * 5)
             if of is function:  # another one where a notebook has reloaded an edited module
-                kernel[(programs, 1, 1)](*args, *values)
+                run(programs, 1, 1, self.stream, kernel, metadata, None, None, None, *args, *values)
                 return
         kernel = function[(programs,)](*args, **constants, **options)
         if self.compiled is not None:
-            self.compiled[at] = function, kernel, [constants[name] for name in function.arg_names[len(args) :]]
+            values = [constants[name] for name in function.arg_names[len(args) :]]
+            self.compiled[at] = function, kernel.run, kernel.function, kernel.packed_metadata, values
 
 
 # ------------------------------------------------------------------------------------------------ launchers
@@ -231,7 +247,7 @@ def write(
     """Write a memory and, with q, read it. `saves` keeps what `write_backward` needs, `readable` what `read` needs."""
     B, T, H, K = k.shape
     V = v.shape[-1]
-    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    p = plan(T, H, K, V, k.dtype, *limits(k.device))
     op, prec, half = _setting(k)
     new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
     tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
@@ -258,26 +274,29 @@ def write(
         )  # fmt: skip
         _chain(run, p, S0, maps, entries, wholes, sizes, None, reverse=False)
     state = new((B, H, K, V), dtype=torch.float32)
-    keeps = saves or readable
-    out = new((B, T, H, V), dtype=v.dtype) if reads else None
-    states = new((B, N, H, K, V), dtype=half) if keeps else None
-    scales = new((B, H), dtype=torch.float32) if keeps else None
-    new_v = new((B, T, H, V), dtype=half) if readable else None
+    keeps, fused = saves or readable, reads and p.reads_as_it_walks
+    stores, stores_v = keeps or (reads and not fused), readable or (reads and not fused)
+    out = new((B, T, H, V), dtype=v.dtype) if fused else None
+    states = new((B, N, H, K, V), dtype=half) if stores else None
+    scales = new((B, H), dtype=torch.float32) if stores else None
+    new_v = new((B, T, H, V), dtype=half) if stores_v else None
     run(
         kernels_forward.walk, B * H * NB * VB,
-        q if reads else k, k, v, gates, inverse, sizes, entries if entries is not None else k,
-        out if reads else k, state, states if keeps else k, scales if keeps else k, new_v if readable else k,
+        q if fused else k, k, v, gates, inverse, sizes, entries if entries is not None else k,
+        out if fused else k, state, states if stores else k, scales if stores else k, new_v if stores_v else k,
         scale, T, H, N, p.R, NB, K, V,
-        BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=reads, SAVE=keeps, KEEP=readable,
+        BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=fused, SAVE=stores, KEEP=stores_v,
         NORM_Q=norm_q, NORM_K=norm_k, **tiles, options=p.walk.options(),
     )  # fmt: skip
+    if reads and not fused:
+        out = read(q, k, gates, states, scales, new_v, scale=scale, norm_q=norm_q, norm_k=norm_k)
     return Written(
         out,
         state,
         gates if keeps else None,
         inverse if saves else None,
-        states,
-        scales,
+        states if keeps else None,
+        scales if keeps else None,
         maps if saves else None,
         new_v if readable else None,
     )
@@ -346,7 +365,7 @@ def write_backward(
     """
     B, T, H, K = k.shape
     V = v.shape[-1]
-    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    p = plan(T, H, K, V, k.dtype, *limits(k.device))
     op, prec, half = _setting(k)
     new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
     tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
@@ -362,7 +381,7 @@ def write_backward(
     wholes = new((B, NB, H), dtype=torch.float32) if NB > 1 else exits
     group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
     d_ends = new((group, N, K, V), dtype=half)
-    d_scales = new((B, H), dtype=torch.float32)
+    d_scales = new((group, NB, VB), dtype=torch.float32)
     sizes = _sizes(run, p, d_new_v, d_state)
     has_sizes = sizes is not None
     if not has_sizes:
@@ -402,7 +421,7 @@ def write_backward(
         run(
             kernels_backward.gradients, count * N,
             k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_read, dg_read, gR, read_scales,
-            dk, dv, d_beta, dg, first_head, T, H, N, K, V,
+            dk, dv, d_beta, dg, first_head, T, H, N, p.R, NB, K, V,
             BV=BV, VB=VB, READ=reads, RAW=raw, NORM_K=norm_k, **tiles, options=p.gradients.options(),
         )  # fmt: skip
     if S0 is not None and NB == 1:
@@ -426,7 +445,7 @@ def read(
     """A further read of a memory written with `readable=True`: out [B, T, H, V] in the dtype of q."""
     B, T, H, K = k.shape
     V = new_v.shape[-1]
-    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    p = plan(T, H, K, V, k.dtype, *limits(k.device))
     op, prec, _ = _setting(k)
     run = _Launches(("read", B, T, H, K, V, p, prec, norm_q, norm_k), (k, q, states, new_v))
     out = q.new_empty((B, T, H, V))
@@ -457,7 +476,7 @@ def read_backward(
     """Gradients (dq, dk, dg, d_new_v, d_states) of `read`; the last two, float32, go to `write_backward`."""
     B, T, H, K = k.shape
     V = new_v.shape[-1]
-    p = plan(T, H, K, V, k.dtype, shared_memory(k.device))
+    p = plan(T, H, K, V, k.dtype, *limits(k.device))
     op, prec, _ = _setting(k)
     run = _Launches(("read_backward", B, T, H, K, V, p, prec, norm_q, norm_k), (k, q, g, states, new_v, d_out))
     dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))

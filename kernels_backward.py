@@ -50,9 +50,9 @@ def walk_back(
     else:
         dS = pieces.load_rows(exits + entry * K * V, cols, out_cols, V, K, V)
     total = 1.0
-    f = pieces.fit_gradients(sizes, bh, N, OP)  # what dS is multiplied by
-    dS *= f
     end = tl.minimum(block * R + R, N)
+    f = pieces.fit_gradients(sizes + bh * N, block * R, end, dS, OP)  # what dS is multiplied by
+    dS *= f
     for step in tl.range(block * R, end, num_stages=STAGES):
         n = end - 1 - (step - block * R)
         first = (b * T + n * C) * H + h
@@ -101,8 +101,7 @@ def walk_back(
     else:
         if NB == 1:
             pieces.store_rows(exits + entry * K * V, dS, cols, out_cols, V, K, V)
-        if (block == 0) & (vb == 0):
-            tl.store(d_scales + bh, f)
+        tl.store(d_scales + (bh_ * NB + block) * VB + vb, f)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -179,7 +178,7 @@ def read_gradients(
 def gradients(
     k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_in, dg_in, gR_in, read_scales,
     dk, dv, d_beta, dg,
-    first_head, T, H, N, K, V,
+    first_head, T, H, N, R, NB, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
     READ: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, RAW: tl.constexpr,
     NORM_K: tl.constexpr,
@@ -199,7 +198,11 @@ def gradients(
     left = tl.minimum(T - n * C, C).to(tl.int32)
     chunk = (b * N + n) * H + h
     here = bh_ * N + n
-    f, fd = tl.load(scales + bh), tl.load(d_scales + bh)
+    # Columns that different programs of `walk_back` took have scales of their own; the smallest serves all.
+    d_scales += (bh_ * NB + n // R) * VB
+    f, fd = tl.load(scales + bh), tl.load(d_scales)
+    for vb in tl.static_range(1, VB):
+        fd = tl.minimum(fd, tl.load(d_scales + vb))
     # In units of `both`; products with [C, C] gradients 16 times smaller, lest they leave the range of float16.
     both = 1.0 / (f * fd)
     gL = tl.zeros([C, C], tl.float32)
@@ -215,12 +218,17 @@ def gradients(
         gR = pieces.load_rows(gR_in + first * V, i, out_cols, H * V, left, V)
         values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
         tl.debug_barrier()  # all of gR is read before dv is put in its place
-        gR32 = gR.to(tl.float32) * (1.0 / fd)
+        fd_here = tl.load(d_scales + vb)
+        gR32 = gR.to(tl.float32) * (1.0 / fd_here)
         pieces.store_rows(dv + first * V, gR32 * strength[:, None], i, out_cols, H * V, left, V)
         d_strength += tl.sum(gR32 * values.to(tl.float32), 1)
         S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
         dS16 = pieces.load_rows(d_ends + here * K * V, cols, out_cols, V, K, V)
-        d_whole += tl.sum(tl.sum(dS16.to(tl.float32) * S16.to(tl.float32), 1), 0)
+        change = fd / fd_here
+        d_whole += tl.sum(tl.sum(dS16.to(tl.float32) * S16.to(tl.float32), 1), 0) * change
+        if VB > 1:
+            gR = (gR.to(tl.float32) * change).to(OP)
+            dS16 = (dS16.to(tl.float32) * change).to(OP)
         rows = tl.dot(gR, tl.trans(S16), rows, input_precision=PREC)
         new_v = pieces.new_values(k16, S16, X, values, strength * f, recall, OP, PREC)
         dk_end = tl.dot(new_v, tl.trans(dS16), dk_end, input_precision=PREC)

@@ -205,7 +205,8 @@ def scan(
         S = pieces.load_rows(start + bh * K * V, rows, cols, V, K, V)
     else:
         S = tl.zeros([BK, BV], tl.float32)
-    f = pieces.fit_gradients(sizes, bh, N, OP) if REVERSE else pieces.fit(sizes, bh, N, OP)
+    if not REVERSE:
+        f = pieces.fit(sizes, bh, N, OP)
     square = (rows[:, None] < K) & (rows[None, :] < K)
     if REVERSE:
         at = rows[:, None] + rows[None, :] * K
@@ -226,7 +227,11 @@ def scan(
         last_D = pieces.load_rows(deltas + latest * K * V, rows, cols, V, K, V)
         last_whole = tl.load(wholes + latest)
         pieces.store_rows(deltas + entry * K * V, S, rows, cols, V, K, V)
-        S = whole * S + D - tl.dot(M, (S * f).to(OP), input_precision=PREC) * (1.0 / f)
+        if REVERSE:  # gradients come in any size
+            size = pieces.tight(pieces.amax(S), OP)
+        else:
+            size = f
+        S = whole * S + D - tl.dot(M, (S * size).to(OP), input_precision=PREC) * (1.0 / size)
         entry, later = later, latest
         M, D, whole = next_M, next_D, next_whole
         next_M, next_D, next_whole = last_M, last_D, last_whole

@@ -64,20 +64,14 @@ def _exponent(x):
 def fit(sizes, bh, N, OP: tl.constexpr):
     """A power of two that brings the values of a sequence and head into float16, from the largest of every chunk.
 
-    1 where that lies between 2^-8 and 2^8, else in steps of 2^16: coarse on purpose, for a finer one would move the rounding of
-    the smallest values of a token with the size of later tokens. The state may outgrow the values 2^8 times at least.
+    1 where that lies between 2^-8 and 2^8, else the least power of 16 that brings it there. Coarse, and mostly 1, on purpose: the
+    rounding of a token's smallest values must not move with the size of later tokens. The state may outgrow the values 2^8 times.
     """
     if OP == tl.float16:
-        return _power(-(((_exponent(_maximum(sizes, bh, N)) + 8) >> 4) << 4))
-    else:
-        return 1.0
-
-
-@triton.jit
-def fit_gradients(sizes, bh, N, OP: tl.constexpr):
-    """The same for gradients, which come in any size: the largest is brought to 2^-6, and their sums may grow 2^22 times."""
-    if OP == tl.float16:
-        return _power(-6 - _exponent(_maximum(sizes, bh, N)))
+        over = _exponent(_maximum(sizes + bh * N, 0, N)) - 7
+        under = -15 - over
+        down, up = ((tl.maximum(over, 0) + 3) >> 2) << 2, ((tl.maximum(under, 0) + 3) >> 2) << 2
+        return _power(up - down)
     else:
         return 1.0
 
@@ -92,12 +86,20 @@ def tight(largest, OP: tl.constexpr):
 
 
 @triton.jit
-def _maximum(sizes, bh, N):
-    largest = tl.zeros([512], tl.float32)
-    for start in range(0, N, 512):
-        at = start + tl.arange(0, 512)
-        largest = tl.maximum(largest, tl.load(sizes + bh * N + at, mask=at < N, other=0.0))
+def _maximum(sizes, start, end):
+    largest = tl.zeros([128], tl.float32)
+    for first in range(start, end, 128):
+        at = first + tl.arange(0, 128)
+        largest = tl.maximum(largest, tl.load(sizes + at, mask=at < end, other=0.0))
     return tl.max(largest, 0)
+
+
+@triton.jit
+def fit_gradients(sizes, start, end, state, OP: tl.constexpr):
+    """The same for the gradients of chunks start to end and of the state [BK, BV] that they leave, which come in any size: the
+    largest is brought to between 4 and 8, and sums over the tokens of a block may grow 2^13 times.
+    """
+    return tight(tl.maximum(_maximum(sizes, start, end), amax(state)), OP) * 4.0
 
 
 @triton.jit

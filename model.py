@@ -381,10 +381,9 @@ class MemoryLayer(nn.Module):
             out, after = core.delta_step(*now, initial, erase=cfg.erase)
             memory, read = TokenMemory(after), out[:, None]
         else:
-            memory = core.delta_write(
-                write_k, v, beta, g, initial_state=initial, erase=cfg.erase, chunk_size=cfg.chunk_size, impl=cfg.impl
-            )
-            read = memory.read(q)
+            options = dict(initial_state=initial, erase=cfg.erase, chunk_size=cfg.chunk_size, impl=cfg.impl)
+            memory = core.delta_write(write_k, v, beta, g, q=q, **options)
+            read = memory.out
         if record is not None:
             record.update(keys=k.detach(), beta=gate.detach(), log_decay=g.detach(), state=memory.state.detach())
             record.update(read=read.detach(), values=v.detach())

@@ -319,6 +319,17 @@ def test_strided_inputs_and_no_leak_of_what_lies_between():
     assert same(a._asdict(), core.delta_rule(**x)._asdict())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_queries_that_come_with_the_write(impl):
+    x = draw(2, 70, 2, 5, 7, dtype=torch.float32)
+    q, state = x.pop("q"), x.pop("initial_state")
+    memory = core.delta_write(**x, q=q, scale=0.4, normalize_q=True, initial_state=state, impl=impl)
+    assert torch.equal(memory.out, memory.read(q, 0.4, normalize=True))
+    assert core.delta_write(**x, impl=impl).out is None
+    with pytest.raises(ValueError, match="^q: expected shape"):
+        core.delta_write(**x, q=q[:, 1:], impl=impl)
+
+
 def rows_of_length_one(x):
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 

@@ -46,6 +46,13 @@ def through_memory(impl, q, k, v, beta, g, initial_state, second):
     return memory.read(q), memory.read(second, 0.4, normalize=True), memory.state
 
 
+def read_as_written(impl, q, k, v, beta, g, initial_state, second):
+    """As `through_memory`, the first read in one call with the write."""
+    options = dict(initial_state=initial_state, erase="raw", normalize_k=True, impl=impl)
+    memory = core.delta_write(k, v, beta, g, q=q, **options)
+    return memory.out, memory.read(second, 0.4, normalize=True), memory.state
+
+
 def through_rule(impl, q, k, v, beta, g, initial_state, second):
     return core.delta_rule(q, k, v, beta, g, scale=0.7, initial_state=initial_state, normalize_qk=True, impl=impl)
 
@@ -120,11 +127,11 @@ def case_opcheck():
 
 
 def case_gradients_reach_every_input():
-    """One write, two reads, the state; and the fused call. Against the reference, for every dtype and number of blocks."""
+    """One write, two reads, the state; the first read with the write; the fused call. For every dtype and number of blocks."""
     for size in SIZES:
         for dtype in DTYPES:
             x = inputs(size, dtype)
-            for function in (through_memory, through_rule):
+            for function in (through_memory, read_as_written, through_rule):
                 exact = everything(function, "reference", {name: y.double() for name, y in x.items()})
                 close(everything(function, "triton", x), exact, TOLERANCE[dtype])
 
@@ -324,7 +331,7 @@ def test_two_runs_agree_and_so_does_a_sequence_in_a_batch():
     for dtype in DTYPES:
         for size in SIZES:
             x = inputs(size, dtype)
-            for function in (through_memory, through_rule):
+            for function in (through_memory, read_as_written, through_rule):
                 together = everything(function, "triton", x)
                 same(everything(function, "triton", x), together)
                 for b in range(size[0]):
