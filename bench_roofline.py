@@ -59,6 +59,10 @@ def kernel_work(shape: bench_measure.Shape, plan, *, dtype: str = "bf16") -> dic
         "walk": Work(
             chunks * (3 * ckv + 2 * ccv + cck),
             chunks * (2 * k + 2 * v + X + 7 * gate + S16) + (heads + blocks * (NB > 1)) * S,
+        )
+        if plan.reads_as_it_walks
+        else Work(
+            chunks * (2 * ckv + ccv), chunks * (k + v + X + 4 * gate + S16 + v16) + (heads + blocks * (NB > 1)) * S
         ),
         "read_gradients": Work(
             chunks * (2 * ckv + 3 * ccv + 3 * cck), chunks * (3 * k + 2 * v + X + S16 + 7 * gate + k16 + v16)
@@ -71,6 +75,8 @@ def kernel_work(shape: bench_measure.Shape, plan, *, dtype: str = "bf16") -> dic
             chunks * (3 * ckv + 2 * ccv + 2 * cck), chunks * (2 * k + 2 * v + X + 2 * S16 + v16 + k16 + 10 * gate)
         ),
     }
+    if not plan.reads_as_it_walks:
+        work["read"] = Work(chunks * (ckv + ccv + cck), chunks * (2 * k + v + S16 + v16 + 3 * gate))
     if NB > 1:
         both = 2 * ckv + ccv + 2 * ckk + cck  # columns of v and, for the map, of k
         work["summarise"] = Work(chunks * both, chunks * (k + v + X + 3 * gate) + blocks * (K * K * h + S))

@@ -214,14 +214,12 @@ def memory_write(name: str) -> Callable | str:
         except ValueError as error:
             return str(error)
 
-        def ours(k, v, beta, g, *, initial_state=None, erase="decayed", normalize_k=False, chunk_size=64, impl="auto"):
-            options = {
-                "initial_state": initial_state,
-                "erase": erase,
-                "normalize_k": normalize_k,
-                "chunk_size": chunk_size,
-            }
-            return write(k, v, beta, g, impl=named, **options)
+        def ours(
+            k, v, beta, g, *, q=None, initial_state=None, erase="decayed", normalize_k=False, normalize_q=False,
+            chunk_size=64, impl="auto",
+        ):  # fmt: skip
+            options = dict(initial_state=initial_state, erase=erase, normalize_k=normalize_k, normalize_q=normalize_q)
+            return write(k, v, beta, g, q=q, impl=named, chunk_size=chunk_size, **options)
 
         return ours
     try:
@@ -231,12 +229,18 @@ def memory_write(name: str) -> Callable | str:
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
 
-    def theirs(k, v, beta, g, *, initial_state=None, erase="decayed", normalize_k=False, chunk_size=64, impl="auto"):
+    def theirs(
+        k, v, beta, g, *, q=None, initial_state=None, erase="decayed", normalize_k=False, normalize_q=False,
+        chunk_size=64, impl="auto",
+    ):  # fmt: skip
         if erase != "decayed" or initial_state is not None:
             raise ValueError(
                 f"erase = {erase!r}: fla recalls from the decayed state, and starts here from an empty one"
             )
-        return _FlaMemory(chunk_gated_delta_rule, k, v, beta, g, normalize_k)
+        memory = _FlaMemory(chunk_gated_delta_rule, k, v, beta, g, normalize_k)
+        if q is not None:
+            memory.out = memory.read(q, normalize=normalize_q)
+        return memory
 
     return theirs
 
@@ -267,8 +271,13 @@ class _FreeMemory:
         return _Through.apply(2, q, k, v, beta, g)
 
 
-def _free_write(k, v, beta, g, *, initial_state=None, erase="decayed", normalize_k=False, chunk_size=64, impl="auto"):
-    return _FreeMemory(k, v, beta, g)
+def _free_write(
+    k, v, beta, g, *, q=None, initial_state=None, erase="decayed", normalize_k=False, normalize_q=False,
+    chunk_size=64, impl="auto",
+):  # fmt: skip
+    memory = _FreeMemory(k, v, beta, g)
+    memory.out = None if q is None else memory.read(q)
+    return memory
 
 
 def _free_attention(q, k, v, window, past):
@@ -396,11 +405,15 @@ def _watch(step: Step) -> dict[str, list]:
             return out
 
     def watched_write(
-        k, v, beta, g, *, initial_state=None, erase="decayed", normalize_k=False, chunk_size=64, impl="auto"
-    ):
+        k, v, beta, g, *, q=None, initial_state=None, erase="decayed", normalize_k=False, normalize_q=False,
+        chunk_size=64, impl="auto",
+    ):  # fmt: skip
         options, queries = {"erase": erase, "normalize_k": normalize_k, "chunk_size": chunk_size, "impl": impl}, []
-        seen["memory"].append(([_leaf(x) for x in (k, v, beta, g)], queries, options))
-        return Watched(write(k, v, beta, g, **options), queries)
+        first = {} if q is None else {"q": _leaf(q), "normalize_q": normalize_q}
+        seen["memory"].append(([_leaf(x) for x in (k, v, beta, g)], first, queries, options))
+        memory = Watched(write(k, v, beta, g, q=q, normalize_q=normalize_q, **options), queries)
+        memory.state, memory.out = memory._memory.state, None if q is None else memory._memory.out
+        return memory
 
     def watched_attention(q, k, v, window, past):
         seen["attention"].append([_leaf(x.transpose(1, 2)) for x in (q, k, v)])  # [B, T, H, D], as the layer makes them
@@ -427,16 +440,18 @@ def parts(step: Step) -> list[Part]:
         found.append(Part(name, _both_ways(function, wanted, step.autocast), bound))
 
     def add_memory(x, layer):
-        written, queries, options = seen["memory"].pop(0)
+        written, first, queries, options = seen["memory"].pop(0)
         through = lambda: layer(x, step.tokens, None, 0, None)[0]  # noqa: E731
         with_free = _replacing(core, "delta_write", _free_write, through)
         add("G projections", with_free, [x, *layer.parameters()], lambda b: b.g_layer(cfg, M))
 
         def operate():
-            memory = core.delta_write(*written, **options)
-            return tuple(memory.read(q, normalize=normalize) for q, normalize in queries)
+            memory = core.delta_write(*written, **first, **options)
+            later = (memory.read(q, normalize=normalize) for q, normalize in queries)
+            return (memory.out, *later) if first else tuple(later)
 
-        add("memory operation", operate, [*written, *(q for q, _ in queries)], lambda b: b.memory(cfg, M, len(queries)))
+        read = [*([first["q"]] if first else []), *(q for q, _ in queries)]
+        add("memory operation", operate, [*written, *read], lambda b: b.memory(cfg, M, len(read)))
         return _FreeMemory(*written)
 
     def add_window(x, layer, memory):

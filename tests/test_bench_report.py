@@ -200,7 +200,7 @@ TRITON = pytest.mark.skipif(not core.HAS_TRITON, reason="the plan of the kernels
 
 
 # Matrix products in the code of each kernel, those of the functions it calls included: what `kernel_work` was written for.
-PRODUCTS = {"intra": 6, "summarise": 3, "scan": 1, "walk": 6}
+PRODUCTS = {"intra": 6, "summarise": 3, "scan": 1, "walk": 6, "read": 3}
 PRODUCTS |= {"read_gradients": 8, "walk_back": 4, "gradients": 7}
 
 
@@ -247,10 +247,13 @@ def test_the_formulas_cover_the_kernels_as_they_are(functions):
     kernels = {key for name in ("write", "write_backward") for key in launched(("kernels", name), functions)}
     # `size` runs where the last state or later reads send gradients back, and here they do not.
     found = {name for _, name in kernels} - {"size"}
+    wide = LONG._replace(K=128, V=128)  # wide keys are read by a kernel of their own
+    assert found == set(bench_roofline.kernel_work(wide, bench_roofline.plan_of(wide)))
+    found.remove("read")
     assert found == set(bench_roofline.kernel_work(LONG, bench_roofline.plan_of(LONG)))
     short = LONG._replace(T=64)
     assert set(bench_roofline.kernel_work(short, bench_roofline.plan_of(short))) == found - {"summarise", "scan"}
-    counts = {key[1]: products(key, functions) for key in kernels if key[1] in found}
+    counts = {key[1]: products(key, functions) for key in kernels if key[1] in found | {"read"}}
     assert counts == PRODUCTS, "the kernels compute something else now: bring bench_roofline.kernel_work up to date"
 
 
