@@ -25,11 +25,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import library
 
 NAMESPACE = "groundthink"
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # and no subclass, which may want to see the operator
 _library = None  # dropped first, and its operators with it, where a notebook reloads this module
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library = library.Library(NAMESPACE, "FRAGMENT")
 
 
 class Write(NamedTuple):
@@ -104,16 +105,16 @@ def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Ca
     """Define an operator and return the function that calls it with gradients.
 
     `launch` runs it and `fake` describes its results; `keep(ctx, inputs, output)` and `backward(ctx, *grads)` are its gradient,
-    as torch.library.register_autograd and torch.autograd.Function take them.
+    as library.register_autograd and torch.autograd.Function take them.
     """
     path = f"{NAMESPACE}::{name}"
-    torch.library.define(path, schema, lib=_library, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(path, schema, lib=_library, tags=(torch.Tag.pt2_compliant_tag,))
     # Where a graph breaks around an operator, Dynamo would trace into its launches.
-    torch.library.impl(path, ("cpu", "cuda"), torch.compiler.disable(launch), lib=_library)
-    torch.library.register_fake(path, fake, lib=_library)
+    library.impl(path, ("cpu", "cuda"), torch.compiler.disable(launch), lib=_library)
+    library.register_fake(path, fake, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    torch.library.register_autograd(path, backward, setup_context=keep, lib=_library)
-    torch.library.register_vmap(path, _members_join_the_batch(op), lib=_library)
+    library.register_autograd(path, backward, setup_context=keep, lib=_library)
+    library.register_vmap(path, _members_join_the_batch(op), lib=_library)
 
     def function(forward):
         methods = dict(forward=forward, setup_context=keep, backward=backward)

@@ -18,6 +18,7 @@ import types
 import pytest
 import torch
 from test_core import NAMES, draw
+from torch import library
 from torch.func import grad, vmap
 
 import core
@@ -100,7 +101,7 @@ def case_opcheck():
     ops = torch.ops.groundthink
 
     def opcheck(op, *args):
-        torch.library.opcheck(op.default, args)
+        library.opcheck(op.default, args)
 
     for size in SIZES if CUDA else SIZES[:1]:
         for dtype in DTYPES if CUDA else DTYPES[-1:]:
