@@ -181,9 +181,8 @@ class _Launches:
 
     def __init__(self, key, tensors):
         given = [x for x in tensors if x is not None]
-        known = given[0].is_cuda and not any(
-            x.data_ptr() % 16 for x in given
-        )  # aligned as Triton likes it, and torch allocates
+        aligned = not any(x.data_ptr() % 16 for x in given)  # as Triton likes it, and torch allocates
+        known = given[0].is_cuda and aligned
         key = (key, given[0].device, tuple(None if x is None else x.dtype for x in tensors))
         self.compiled = _COMPILED.setdefault(key, {}) if known else None
         self.stream = triton.runtime.driver.active.get_current_stream(given[0].device.index) if known else None

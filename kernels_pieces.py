@@ -169,11 +169,7 @@ def scores_t(
 ):
     """P transposed, from keys [C, BK] and the transposed queries."""
     coarse, rest = vector(gates, chunk, 4, i, C), vector(gates, chunk, 5, i, C)
-    since = i[:, None] <= i[None, :]
-    gap = coarse[None, :] - coarse[:, None]
-    if OP == tl.float32:
-        gap += rest[None, :] - rest[:, None]
-    decay = tl.where(since, tl.exp(tl.where(since, gap, 0.0)), 0.0)
+    decay = decays(-coarse, -rest, -coarse, -rest, i[:, None] <= i[None, :], OP == tl.float32)
     P = tl.dot(k16, q_t, input_precision=PREC) * decay * norm_q[None, :]
     if NORM_K:
         P *= vector(gates, chunk, 6, i, C)[:, None]
