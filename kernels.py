@@ -73,13 +73,17 @@ class Plan(NamedTuple):
     BV: int  # columns of V per program
     VB: int  # programs over V
     scan_columns: int
+    read_columns: int  # columns of V that `read_gradients` takes at once
+    gradient_columns: int  # and `gradients`
     reads_as_it_walks: bool  # one kernel for both, or `read` after `walk`
     intra: Launch
     summarise: Launch
     scan: Launch
     walk: Launch
     walk_back: Launch
+    read_gradients: Launch
     gradients: Launch
+    read_back: Launch
 
 
 # Tiles narrower than 64 columns make ptxas 12.8 to 12.9 (Triton 3.6) use a matrix descriptor it never set, for some kernels.
@@ -111,6 +115,7 @@ def plan(T: int, H: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_4
     R = N if N <= 8 or chain > shared else 1 << ((N - 1).bit_length() + 1) // 2
     walking = Launch(8 if wide else 4, 1 if wide or small else 2)
     single = walking._replace(stages=1)
+    broad = BV if full or small else max(LEAST, min(128, _power_of_two(V)))
     return Plan(
         C=C,
         R=R,
@@ -120,13 +125,17 @@ def plan(T: int, H: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_4
         BV=BV,
         VB=-(-V // BV),
         scan_columns=16,
+        read_columns=broad if BK <= 128 else BV,
+        gradient_columns=broad if BK <= 64 else BV,
         reads_as_it_walks=BK <= 64 or wide,  # 128 columns of q, k and P beside S spill: 135 us in one, 100 in two
-        intra=single,
+        intra=Launch(1),  # all of it in the registers of one warp
         summarise=walking,
         scan=single if BK <= 64 else single._replace(warps=8),
-        walk=walking,
+        walk=walking._replace(stages=walking.stages + (walking.stages > 1)),
         walk_back=walking,
+        read_gradients=single,
         gradients=single,
+        read_back=single,
     )
 
 
@@ -256,9 +265,9 @@ def write(
     inverse = new((B, N, H, C, C), dtype=half)
     sizes = new((B, H, N), dtype=torch.float32)
     run(
-        kernels_forward.intra, 2 * B * H * N,
+        kernels_forward.intra, B * H * N,
         k, v, beta, g, k if S0 is None else S0, inverse, gates, sizes, T, H, N, K, V,
-        BV=BV, HAS_START=S0 is not None, RAW=raw, NORM_K=norm_k, **tiles, options=p.intra.options(),
+        BV=BV, VB=VB, HAS_START=S0 is not None, RAW=raw, NORM_K=norm_k, **tiles, options=p.intra.options(),
     )  # fmt: skip
     maps, entries = None, S0
     if NB > 1:
@@ -376,36 +385,39 @@ def write_backward(
     dq = torch.empty_like(q) if reads else None
     dk, dv, d_beta, dg = (torch.empty_like(x) for x in (k, v, beta, g))
     exits = new((B, NB, H, K, V), dtype=torch.float32)
-    dS0 = new((B, H, K, V), dtype=torch.float32) if S0 is not None and NB > 1 else None
+    dS0 = new((B, H, K, V), dtype=torch.float32) if S0 is not None or NB == 1 else None
     wholes = new((B, NB, H), dtype=torch.float32) if NB > 1 else exits
     group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
     d_ends = new((group, N, K, V), dtype=half)
-    d_scales = new((group, NB, VB), dtype=torch.float32)
+    d_scales = new((group, NB), dtype=torch.float32)
     sizes = _sizes(run, p, d_new_v, d_state)
     has_sizes = sizes is not None
     if not has_sizes:
         sizes = new((B, H, N), dtype=torch.float32) if reads else new((B, H, N), dtype=torch.float32).zero_()
     read_scales = torch.empty_like(sizes) if reads else sizes
-    # dv and dk hold, in 16 bit, what one kernel hands the next, until the last writes them.
+    # dv and dk hold, in 16 bit, what one kernel hands the next, until the last writes them. dg_read: a share of dg from the first
+    # kernel, and two more vectors that the last one puts aside.
     gR, dk_read = dv.view(half), dk.view(half)
-    dg_read = new((B, H, N, C), dtype=torch.float32) if reads else k
+    dg_read = new((B, H, N, 3, C), dtype=torch.float32)
 
     def walk(count, first_head, summary):
         run(
             kernels_backward.walk_back, count * NB * VB,
             q if reads else k, k, gates, inverse, sizes, d_out if reads else k,
-            d_new_v if later else k, d_states if later else k, exits, wholes, d_ends, d_scales, gR, read_scales,
+            d_new_v if later else k, d_states if later else k, exits, exits if dS0 is None else dS0, wholes, d_ends, d_scales,
+            gR, read_scales,
             scale, first_head, T, H, N, p.R, NB, K, V,
-            BV=BV, VB=VB, SUMMARY=summary, STAGES=p.walk_back.stages, READ=reads, LATER=later, NORM_Q=norm_q,
-            **tiles, options=p.walk_back.options(),
+            BV=BV, VB=VB, SUMMARY=summary, FIRST=S0 is not None, STAGES=p.walk_back.stages, READ=reads, LATER=later,
+            NORM_Q=norm_q, **tiles, options=p.walk_back.options(),
         )  # fmt: skip
 
     if reads:
         run(
             kernels_backward.read_gradients, B * H * N,
             q, k, v, gates, inverse, states, scales, sizes, d_out, dq, dk_read, dg_read, gR, read_scales,
-            scale, T, H, N, K, V,
-            BV=BV, VB=VB, HAS_SIZES=has_sizes, NORM_Q=norm_q, NORM_K=norm_k, **tiles, options=p.gradients.options(),
+            scale, T, H, N,
+            K=K, V=V, BV=p.read_columns, VB=-(-V // p.read_columns), HAS_SIZES=has_sizes, NORM_Q=norm_q, NORM_K=norm_k,
+            **tiles, options=p.read_gradients.options(),
         )  # fmt: skip
     if NB > 1:
         walk(B * H, 0, True)
@@ -420,12 +432,11 @@ def write_backward(
         run(
             kernels_backward.gradients, count * N,
             k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_read, dg_read, gR, read_scales,
-            dk, dv, d_beta, dg, first_head, T, H, N, p.R, NB, K, V,
-            BV=BV, VB=VB, READ=reads, RAW=raw, NORM_K=norm_k, **tiles, options=p.gradients.options(),
+            dk, dv, d_beta, dg, first_head, T, H, N, p.R, NB,
+            K=K, V=V, BV=p.gradient_columns, VB=-(-V // p.gradient_columns), READ=reads, RAW=raw, NORM_K=norm_k,
+            **tiles, options=p.gradients.options(),
         )  # fmt: skip
-    if S0 is not None and NB == 1:
-        dS0 = exits.view(B, H, K, V)
-    return dq, dk, dv, d_beta, dg, dS0
+    return dq, dk, dv, d_beta, dg, dS0 if S0 is not None else None
 
 
 @_on_device
@@ -485,7 +496,7 @@ def read_backward(
         kernels_backward.read_back, B * H * p.N,
         q, k, g, gates, states, scales, new_v, d_out, dq, dk, dg, d_new_v, d_states, scale, T, H, p.N, K, V,
         C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
-        options=p.gradients.options(),
+        options=p.read_back.options(),
     )  # fmt: skip
     return dq, dk, dg, d_new_v, d_states
 

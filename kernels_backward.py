@@ -23,10 +23,11 @@ SIZES = ["T", "N", "R", "NB", "first_head"]  # one compiled kernel serves all of
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_back(
-    q, k, gates, inverse, sizes, d_out, d_new_values, d_states, exits, wholes, d_ends, d_scales, gR_out, read_scales,
+    q, k, gates, inverse, sizes, d_out, d_new_values, d_states, exits, starts, wholes, d_ends, d_scales, gR_out,
+    read_scales,
     scale, first_head, T, H, N, R, NB, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
-    SUMMARY: tl.constexpr, READ: tl.constexpr, LATER: tl.constexpr,
+    SUMMARY: tl.constexpr, FIRST: tl.constexpr, READ: tl.constexpr, LATER: tl.constexpr,
     STAGES: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_Q: tl.constexpr,
 ):  # fmt: skip
     """One block, from its last chunk to its first, BV columns of it.
@@ -34,7 +35,7 @@ def walk_back(
     SUMMARY: what reaches the state on entry of the block when nothing reaches that on its exit goes to `exits`.
     Otherwise `exits` holds the gradient of the state on exit of the block. Written are gR, where `read_gradients` left P^T d_out,
     and for each chunk the gradient of the state that it leaves, both 16 bit times `d_scales`; where there is one block, the
-    gradient of the first state goes to `exits`.
+    gradient of the first state goes to `starts`.
     """
     pid = tl.program_id(0).to(tl.int64)
     vb = (pid % VB).to(tl.int32)
@@ -45,13 +46,20 @@ def walk_back(
     cols = tl.arange(0, BK)
     out_cols = vb * BV + tl.arange(0, BV)
     entry = (b * NB + block) * H + h
+    size = 0.0
     if SUMMARY:
         dS = tl.zeros([BK, BV], tl.float32)
-    else:
-        dS = pieces.load_rows(exits + entry * K * V, cols, out_cols, V, K, V)
+    else:  # one scale for all columns: the programs of one block all look at all of them
+        for other in tl.static_range(VB):
+            dS = pieces.load_rows(exits + entry * K * V, cols, other * BV + tl.arange(0, BV), V, K, V)
+            size = tl.maximum(size, pieces.amax(dS))
+        if VB > 1:
+            dS = pieces.load_rows(exits + entry * K * V, cols, out_cols, V, K, V)
     total = 1.0
     end = tl.minimum(block * R + R, N)
-    f = pieces.fit_gradients(sizes + bh * N, block * R, end, dS, OP)  # what dS is multiplied by
+    if SUMMARY and not FIRST:  # nothing asks what reaches the first state
+        end = tl.where(block == 0, 0, end)
+    f = pieces.fit_gradients(sizes + bh * N, block * R, end, size, OP)  # what dS is multiplied by
     dS *= f
     for step in tl.range(block * R, end, num_stages=STAGES):
         n = end - 1 - (step - block * R)
@@ -100,19 +108,24 @@ def walk_back(
             tl.store(wholes + entry, total)
     else:
         if NB == 1:
-            pieces.store_rows(exits + entry * K * V, dS, cols, out_cols, V, K, V)
-        tl.store(d_scales + (bh_ * NB + block) * VB + vb, f)
+            pieces.store_rows(starts + entry * K * V, dS, cols, out_cols, V, K, V)
+        if vb == 0:
+            tl.store(d_scales + bh_ * NB + block, f)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def read_gradients(
     q, k, v, gates, inverse, states, scales, sizes, d_out, dq, dk_out, dg_out, d_new_values, d_scales_out,
-    scale, T, H, N, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr, HAS_SIZES: tl.constexpr,
-    OP: tl.constexpr, PREC: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
+    scale, T, H, N,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
+    HAS_SIZES: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
 ):  # fmt: skip
     """What one chunk's own read sends back: dq, its share of dk and dg, and P^T d_out, dk's share and the last times powers
-    of two: `d_scales_out`, of each chunk its own. `sizes` takes the largest of every chunk."""
+    of two: `d_scales_out`, of each chunk its own. `sizes` takes the largest of every chunk.
+
+    dP is formed transposed, as new_v d_out^T, and so is dq: computed tiles are then left operands, which come from registers,
+    but for one. Only the right ones have to pass through shared memory.
+    """
     TWO: tl.constexpr = OP == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     n, bh = pid % N, pid // N
@@ -122,72 +135,92 @@ def read_gradients(
     first = (b * T + n * C) * H + h
     left = tl.minimum(T - n * C, C).to(tl.int32)
     chunk = (b * N + n) * H + h
+    kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
+    q_t = pieces.load_columns(q + first * K, cols, i, H * K, left, K)
     size = 0.0
     for vb in tl.static_range(VB):
         do = pieces.load_rows(d_out + first * V, i, vb * BV + tl.arange(0, BV), H * V, left, V)
+        if VB == 1:  # all that is needed is on its way before anything waits
+            S16 = pieces.load_rows(states + chunk * K * V, cols, tl.arange(0, BV), V, K, V)
+            values = pieces.load_rows(v + first * V, i, tl.arange(0, BV), H * V, left, V)
         size = tl.maximum(size, pieces.amax(do) * tl.abs(scale))
     f, fd = tl.load(scales + bh), pieces.tight(size, OP)
     tl.store(d_scales_out + pid, fd)
     tl.store(sizes + pid, tl.maximum(size, tl.load(sizes + pid)) if HAS_SIZES else size)
-    k16 = pieces.load_rows(k + first * K, i, cols, H * K, left, K).to(OP)
-    q_t = pieces.load_columns(q + first * K, cols, i, H * K, left, K)
+    norm_q = pieces.inverse_norm_of_columns(q_t, NORM_Q)
+    # k and q as they came: products of bfloat16 are exact too, and nothing has to be converted.
+    Pt = pieces.scores_t(kt, q_t, gates, chunk, norm_q, i, C, OP, PREC, NORM_K)
+    k16 = kt.to(OP)
     X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
     recall, strength = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 3, i, C)
-    Pt = pieces.scores_t(
-        k16, q_t.to(OP), gates, chunk, pieces.inverse_norm_of_columns(q_t, NORM_Q), i, C, OP, PREC, NORM_K
-    )
-    dP = tl.zeros([C, C], tl.float32)
-    dq_ = tl.zeros([C, BK], tl.float32)
+    dPt = tl.zeros([C, C], tl.float32)
+    dq_t = tl.zeros([BK, C], tl.float32)
     for vb in tl.static_range(VB):
         out_cols = vb * BV + tl.arange(0, BV)
-        do = pieces.load_rows(d_out + first * V, i, out_cols, H * V, left, V)
-        S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
-        values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
-        new_v = pieces.new_values(k16, S16, X, values, strength * f, recall, OP, PREC)
+        if VB > 1:
+            do = pieces.load_rows(d_out + first * V, i, out_cols, H * V, left, V)
+            S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
+            values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
         do16 = (do.to(tl.float32) * (scale * fd)).to(OP)
         d_new_v = tl.dot(Pt, do16, input_precision=PREC)
         pieces.store_rows(d_new_values + first * V, d_new_v, i, out_cols, H * V, left, V)
-        dP = tl.dot(do16, tl.trans(new_v), dP, input_precision=PREC)
-        dq_ = tl.dot(do16, tl.trans(S16), dq_, input_precision=PREC)
+        new_v = pieces.new_values(k16, S16, X, values, strength * f, recall, OP, PREC)
+        dPt = tl.dot(new_v, tl.trans(do16), dPt, input_precision=PREC)
+        dq_t = tl.dot(S16, tl.trans(do16), dq_t, input_precision=PREC)
     # In units of `both`; products with dP 16 times smaller, lest they leave the range of float16.
     both = 1.0 / (f * fd)
-    coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
+    tl.debug_barrier()  # keeps what comes next from being computed above, where registers are short
     qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
+    k_t = pieces.load_columns(k + first * K, cols, i, H * K, left, K)
     norm_q = pieces.inverse_norm(qt, NORM_Q)
-    dP *= pieces.decays(coarse, rest, coarse, rest, i[:, None] >= i[None, :], TWO) * 0.0625
-    dP_k, dP_q = dP, dP
+    coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
+    dPt *= pieces.decays(-coarse, -rest, -coarse, -rest, i[:, None] <= i[None, :], TWO, 4)
+    dPt_k, dPt_q = dPt, dPt
     if NORM_K:
-        dP_k = dP * pieces.vector(gates, chunk, 6, i, C)[None, :]
+        dPt_k = dPt * pieces.vector(gates, chunk, 6, i, C)[:, None]
     if NORM_Q:
-        dP_q = dP * norm_q[:, None]
-    dq_ *= (pieces.vector(gates, chunk, 0, i, C) * 0.0625)[:, None]
-    dq_ = tl.dot(dP_k.to(OP), k16, dq_, input_precision=PREC) * (16.0 * both)
-    columns = tl.dot(tl.trans(qt.to(OP)), dP_q.to(OP), input_precision=PREC)
-    pieces.store_rows(dk_out + first * K, tl.trans(columns), i, cols, H * K, left, K)
-    q32 = qt.to(tl.float32)
+        dPt_q = dPt * norm_q[None, :]
+    share = tl.dot(dPt_q.to(OP), qt.to(OP), input_precision=PREC)
+    pieces.store_rows(dk_out + first * K, share, i, cols, H * K, left, K)
+    dq_t *= (pieces.vector(gates, chunk, 0, i, C) * 0.0625)[None, :]
+    dq_t = tl.dot(k_t.to(OP), dPt_k.to(OP), dq_t, input_precision=PREC)
+    dq_ = tl.trans(dq_t) * (16.0 * both)
+    tl.debug_barrier()
+    q32 = pieces.load_rows(q + first * K, i, cols, H * K, left, K).to(tl.float32)
     if NORM_Q:
         q32 *= norm_q[:, None]
     d_sum = tl.sum(q32 * dq_, 1)
-    tl.store(dg_out + pid * C + i, d_sum)
+    tl.store(dg_out + pid * 3 * C + i, d_sum)
     if NORM_Q:
         dq_ = (dq_ - q32 * d_sum[:, None]) * norm_q[:, None]
     pieces.store_rows(dq + first * K, dq_, i, cols, H * K, left, K)
+
+
+@triton.jit
+def _value_gradients(dv, gR, values, factor, rows, cols, stride, n_rows, n_cols):
+    """Store dv and return the share of d_beta that goes through the values, to be divided by the scale of gR."""
+    gR = gR.to(tl.float32)
+    pieces.store_rows(dv, gR * factor[:, None], rows, cols, stride, n_rows, n_cols)
+    return tl.sum(gR * values.to(tl.float32), 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradients(
     k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_in, dg_in, gR_in, read_scales,
     dk, dv, d_beta, dg,
-    first_head, T, H, N, R, NB, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
-    READ: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, RAW: tl.constexpr,
-    NORM_K: tl.constexpr,
+    first_head, T, H, N, R, NB,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
+    READ: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, RAW: tl.constexpr, NORM_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k, v, beta and g of one chunk, from the states on both its ends and gR.
 
-    dv takes the place of gR, and dk that of the share that `read_gradients` found.
+    dv takes the place of gR, and dk that of the share that `read_gradients` found. gL is formed twice, once transposed: that
+    is cheaper than its way from one kind of operand to another through shared memory. Registers are short: the first half finds
+    what depends on new_v row by row, the second what depends on gR, tiles are loaded again where they are needed again, and
+    barriers and three vectors put aside in dg_in keep ptxas from drawing work up or putting it off.
     """
     TWO: tl.constexpr = OP == tl.float32
+    TRACE: tl.constexpr = OP == tl.float16 and BK <= 64
     pid = tl.program_id(0).to(tl.int64)
     n, bh_ = pid % N, pid // N
     bh = bh_ + first_head
@@ -198,71 +231,106 @@ def gradients(
     left = tl.minimum(T - n * C, C).to(tl.int32)
     chunk = (b * N + n) * H + h
     here = bh_ * N + n
-    # Columns that different programs of `walk_back` took have scales of their own; the smallest serves all.
-    d_scales += (bh_ * NB + n // R) * VB
-    f, fd = tl.load(scales + bh), tl.load(d_scales)
-    for vb in tl.static_range(1, VB):
-        fd = tl.minimum(fd, tl.load(d_scales + vb))
+    f, fd = tl.load(scales + bh), tl.load(d_scales + bh_ * NB + n // R)
     # In units of `both`; products with [C, C] gradients 16 times smaller, lest they leave the range of float16.
     both = 1.0 / (f * fd)
-    gL = tl.zeros([C, C], tl.float32)
-    dk_end = tl.zeros([C, BK], tl.float32)
-    rows = tl.zeros([C, BK], tl.float32)
-    d_strength = tl.zeros([C], tl.float32)
-    d_whole = 0.0
     k16 = pieces.load_rows(k + first * K, i, cols, H * K, left, K).to(OP)
     X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
     recall, strength = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 3, i, C)
+    vectors = dg_in + (bh * N + n) * 3 * C + i
+    gLt = tl.zeros([C, C], tl.float32)
+    dk_end = tl.zeros([C, BK], tl.float32)
+    gL = tl.zeros([C, C], tl.float32)
+    d_whole = 0.0
+    d_strength = tl.zeros([C], tl.float32)
     for vb in tl.static_range(VB):
         out_cols = vb * BV + tl.arange(0, BV)
         gR = pieces.load_rows(gR_in + first * V, i, out_cols, H * V, left, V)
         values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
-        tl.debug_barrier()  # all of gR is read before dv is put in its place
-        fd_here = tl.load(d_scales + vb)
-        gR32 = gR.to(tl.float32) * (1.0 / fd_here)
-        pieces.store_rows(dv + first * V, gR32 * strength[:, None], i, out_cols, H * V, left, V)
-        d_strength += tl.sum(gR32 * values.to(tl.float32), 1)
+        if VB == 1:
+            tl.debug_barrier()  # all of gR is read before dv is put in its place
+            d_strength = _value_gradients(
+                dv + first * V, gR, values, strength * (1.0 / fd), i, out_cols, H * V, left, V
+            )
+            tl.store(
+                vectors + C, d_strength
+            )  # at once: ptxas would put the sums off and keep two tiles in registers for them
         S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
         dS16 = pieces.load_rows(d_ends + here * K * V, cols, out_cols, V, K, V)
-        change = fd / fd_here
-        d_whole += tl.sum(tl.sum(dS16.to(tl.float32) * S16.to(tl.float32), 1), 0) * change
-        if VB > 1:
-            gR = (gR.to(tl.float32) * change).to(OP)
-            dS16 = (dS16.to(tl.float32) * change).to(OP)
-        rows = tl.dot(gR, tl.trans(S16), rows, input_precision=PREC)
+        if not TRACE:
+            d_whole += tl.sum(tl.sum(dS16.to(tl.float32) * S16.to(tl.float32), 1), 0)
         new_v = pieces.new_values(k16, S16, X, values, strength * f, recall, OP, PREC)
+        gLt = tl.dot(new_v, tl.trans(gR), gLt, input_precision=PREC)
         dk_end = tl.dot(new_v, tl.trans(dS16), dk_end, input_precision=PREC)
+        if TRACE:  # a product of which only the diagonal is wanted: less work than sums over float32 tiles
+            square = tl.dot(S16, tl.trans(dS16), input_precision=PREC)
+            d_whole += tl.sum(tl.sum(tl.where(cols[:, None] == cols[None, :], square, 0.0), 1), 0)
         gL = tl.dot(gR, tl.trans(new_v), gL, input_precision=PREC)
-    k16 = pieces.load_rows(k + first * K, i, cols, H * K, left, K).to(OP)  # again: kept, it would not fit in registers
+    # Barriers keep what comes next from being computed above, where registers are short.
+    tl.debug_barrier()
+    k32 = pieces.load_rows(k + first * K, i, cols, H * K, left, K).to(tl.float32)
+    to_end, norm = pieces.vector(gates, chunk, 2, i, C), pieces.vector(gates, chunk, 6, i, C)
+    to_end *= 0.0625 / norm
+    if NORM_K:
+        k32 *= norm[:, None]
+    tl.store(vectors + 2 * C, tl.sum(k32 * dk_end, 1) * (to_end * (16.0 * both)))
+    dk_ = dk_end * to_end[:, None]
+    if READ:
+        tl.debug_barrier()
+        share = pieces.load_rows(dk_in + first * K, i, cols, H * K, left, K).to(tl.float32)
+        dk_ += share * (fd / tl.load(read_scales + bh * N + n))
+    tl.debug_barrier()
     own = tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32)
     coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
-    to_end, norm = pieces.vector(gates, chunk, 2, i, C), pieces.vector(gates, chunk, 6, i, C)
     row_coarse = coarse - tl.maximum(own, -128.0) if RAW else coarse
-    M = gL * pieces.decays(coarse, rest, row_coarse, rest, i[:, None] > i[None, :], TWO) * -0.0625
-    columns = tl.dot(tl.trans(k16), ((strength * norm)[:, None] * M).to(OP), input_precision=PREC)
-    if NORM_K:
-        M *= norm[None, :]
-    rows *= (tl.exp(row_coarse + rest if TWO else row_coarse) * -0.0625)[:, None]
-    rows = tl.dot(M.to(OP), k16, rows, input_precision=PREC) * 16.0
-    dk_end *= (to_end / norm)[:, None]
+    # M = -gL e^(gc_i - gc_j); its sign is left to the factors of the products with it.
+    Mt = gLt * pieces.decays(-row_coarse, -rest, -coarse, -rest, i[:, None] < i[None, :], TWO, 4)
+    strength, norm = pieces.vector(gates, chunk, 3, i, C), pieces.vector(gates, chunk, 6, i, C)
+    Mt *= (-strength * norm)[None, :]
+    dk_ = tl.dot(Mt.to(OP), k16, dk_, input_precision=PREC)
+    tl.debug_barrier()
     k32 = pieces.load_rows(k + first * K, i, cols, H * K, left, K).to(tl.float32)
     if NORM_K:
         k32 *= norm[:, None]
-    to_last = tl.sum(k32 * dk_end, 1) * both
-    d_row = tl.sum(k32 * rows, 1) * both
-    d_strength += d_row
-    d_row *= strength
-    dk_ = dk_end + strength[:, None] * rows
-    dk_columns = tl.trans(columns)
-    d_sum = tl.zeros([C], tl.float32)
+    d_sum = tl.sum(k32 * dk_, 1) * (-16.0 * both)  # with to_last, which is taken off again below
     if READ:
-        share = pieces.load_rows(dk_in + first * K, i, cols, H * K, left, K).to(tl.float32)
-        dk_columns += share * (fd / tl.load(read_scales + bh * N + n))
-        d_sum = tl.load(dg_in + (bh * N + n) * C + i)
-        tl.debug_barrier()
-    dk_columns *= 16.0
-    d_sum += d_row - tl.sum(k32 * dk_columns, 1) * both
-    dk_ = (dk_ + dk_columns) * both
+        d_sum += tl.load(vectors)
+    tl.debug_barrier()
+    tl.store(vectors, d_sum)
+    tl.debug_barrier()
+    rows = tl.zeros([C, BK], tl.float32)
+    for vb in tl.static_range(VB):
+        if VB > 1:
+            out_cols = vb * BV + tl.arange(0, BV)
+            gR = pieces.load_rows(gR_in + first * V, i, out_cols, H * V, left, V)
+            values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
+            S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
+            tl.debug_barrier()
+            d_strength += _value_gradients(
+                dv + first * V, gR, values, strength * (1.0 / fd), i, out_cols, H * V, left, V
+            )
+        rows = tl.dot(gR, tl.trans(S16), rows, input_precision=PREC)
+    tl.debug_barrier()
+    coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
+    row_coarse = coarse - tl.maximum(own, -128.0) if RAW else coarse
+    strength, norm = pieces.vector(gates, chunk, 3, i, C), pieces.vector(gates, chunk, 6, i, C)
+    M = gL * pieces.decays(coarse, rest, row_coarse, rest, i[:, None] > i[None, :], TWO, 4)
+    if NORM_K:
+        M *= norm[None, :]
+    rows *= (tl.exp(row_coarse + rest if TWO else row_coarse) * 0.0625)[:, None]
+    rows = tl.dot(M.to(OP), k16, rows, input_precision=PREC)
+    k32 = pieces.load_rows(k + first * K, i, cols, H * K, left, K).to(tl.float32)
+    if NORM_K:
+        k32 *= norm[:, None]
+    d_row = tl.sum(k32 * rows, 1) * (-16.0 * both)
+    own = tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32)
+    if VB == 1:
+        d_strength = tl.load(vectors + C)
+    d_strength = d_strength * (1.0 / fd) + d_row
+    d_row *= strength
+    to_last = tl.load(vectors + 2 * C)
+    d_sum = tl.load(vectors) + to_last + d_row
+    dk_ = (dk_ - rows * strength[:, None]) * (16.0 * both)
     if NORM_K:
         dk_ = (dk_ - k32 * tl.sum(k32 * dk_, 1)[:, None]) * norm[:, None]
     pieces.store_rows(dk + first * K, dk_, i, cols, H * K, left, K)

@@ -29,41 +29,142 @@ def size(
 
 
 @triton.jit
-def _invert(
-    k, beta, g, inverse, gates,
-    pid, T, H, N, K,
-    C: tl.constexpr, BK: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
-    RAW: tl.constexpr, NORM_K: tl.constexpr,
+def _transposed(x):
+    return tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def _quarters(x):
+    """[[a, .], [b, d]] of every block of x [P, 2 S, 2 S]: b [P, S, S], and a and d in turn as [2 P, S, S]."""
+    P: tl.constexpr = x.shape[0]
+    S: tl.constexpr = x.shape[1] // 2
+    x = tl.reshape(x, [P, 2, S, 2, S])
+    left, _ = tl.split(tl.permute(x, (0, 1, 2, 4, 3)))
+    _, b = tl.split(tl.permute(left, (0, 2, 3, 1)))
+    two = tl.arange(0, 2)
+    same = two[None, :, None, None, None] == two[None, None, None, :, None]
+    bits = tl.xor_sum(tl.where(same, x.to(tl.int32, bitcast=True), 0), 3)  # of one value: no instruction is left of it
+    return b, tl.reshape(bits.to(tl.float32, bitcast=True), [2 * P, S, S])
+
+
+@triton.jit
+def _join(x, b, UPPER: tl.constexpr):
+    """[[a, 0], [b, d]], or [[a, b], [0, d]] if UPPER, of blocks b [P, S, S], and a and d in turn in x [2 P, S, S].
+
+    Not by tl.join: Triton has the products that follow take their operands in another order then, from other threads.
+    """
+    P: tl.constexpr = b.shape[0]
+    S: tl.constexpr = b.shape[1]
+    two = tl.arange(0, 2)
+    row, column = two[None, :, None, None, None], two[None, None, None, :, None]
+    x = tl.broadcast_to(tl.reshape(x, [P, 2, S, 1, S]), [P, 2, S, 2, S])
+    b = tl.broadcast_to(tl.reshape(b, [P, 1, S, 1, S]), [P, 2, S, 2, S])
+    beside = row < column if UPPER else row > column
+    return tl.reshape(tl.where(row == column, x, tl.where(beside, b, 0.0)), [P, 2 * S, 2 * S])
+
+
+@triton.jit
+def _halves(x):
+    """The even and the odd ones of blocks [2 P, S, S], each [P, S, S]."""
+    pairs = tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1], x.shape[2]])
+    return tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+
+
+@triton.jit
+def _double(X, XT, B, OP: tl.constexpr, PREC: tl.constexpr, BOTH: tl.constexpr):
+    """From the inverses of blocks, X and transposed XT [2 P, S, S], those of blocks of twice the size; B [P, S, S] is -L below
+    them. The transposed ones only if BOTH."""
+    _, D = _halves(X.to(OP))
+    AT, _ = _halves(XT.to(OP))
+    BAT = tl.dot(AT, _transposed(B.to(OP)), input_precision=PREC).to(OP)
+    X = _join(X, tl.dot(D, _transposed(BAT), input_precision=PREC), False)
+    if BOTH:
+        XT = _join(XT, tl.dot(BAT, _transposed(D), input_precision=PREC), True)
+    return X, XT
+
+
+@triton.jit
+def _to_middle(column, row, late, P: tl.constexpr, S: tl.constexpr):
+    column, row = tl.reshape(column, [P, 2, S]), tl.reshape(row, [P, 2, S])
+    last = (tl.arange(0, S) == S - 1)[None, None, :] & (late == 0)
+    middle = tl.sum(tl.sum(tl.where(last, column, 0.0), 2), 1)[:, None, None]
+    return tl.where(late, row - middle, middle - column)
+
+
+@triton.jit
+def _factors(coarse, row_coarse, rest, row_rest, strength, norm, P: tl.constexpr, S: tl.constexpr, TWO: tl.constexpr):
+    """What L has beside k k^T between the tokens of every odd stretch of S and those of the stretch before, as two factors
+    [P, S], by row and by column: decays up to the end of the one stretch, and from there. No exp for every pair of tokens."""
+    late = (tl.arange(0, 2) == 1)[None, :, None]
+    gap = _to_middle(coarse, row_coarse, late, P, S)
+    if TWO:
+        gap += _to_middle(rest, row_rest, late, P, S)
+    factor = tl.exp(gap) * tl.where(late, tl.reshape(strength, [P, 2, S]), tl.reshape(norm, [P, 2, S]))
+    column, row = tl.split(tl.permute(factor, (0, 2, 1)))
+    return row, column
+
+
+@triton.jit
+def _sums(g, first, i, H, left):
+    """log-decays of one chunk, each in two parts, and their running sums: own_coarse, own_rest, coarse, rest.
+
+    Differences of running sums lose digits when one gate is shut (g = -50 or -inf). Multiples of 1/16 add up exactly, so the
+    coarse parts cancel without rounding. The clamp changes nothing: e^-128 is zero in float32.
+    """
+    own = tl.maximum(tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32), -128.0)
+    own_coarse = tl.floor(own * 16.0 + 0.5) * 0.0625
+    own_rest = own - own_coarse
+    return own_coarse, own_rest, tl.cumsum(own_coarse, 0), tl.cumsum(own_rest, 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def intra(
+    k, v, beta, g, start, inverse, gates, sizes,
+    T, H, N, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr, HAS_START: tl.constexpr,
+    OP: tl.constexpr, PREC: tl.constexpr, RAW: tl.constexpr, NORM_K: tl.constexpr,
 ):  # fmt: skip
-    """What of one chunk needs neither queries nor state: the decays, and X = (I + L)^-1.
+    """What of one chunk needs neither queries nor state: the decays, X = (I + L)^-1, and the largest magnitude in v, whose
+    tiles are loaded in between: while one is on its way there is work to do, and registers hold one at a time.
 
     X by halves: the inverse of [[A, 0], [B, D]] is [[A', 0], [-D' B A', D']]. Stable where keys are nearly parallel, which a
-    product of powers of L is not. Up to blocks of 16 tokens on the C / 16 diagonal blocks alone.
+    product of powers of L is not. Up to blocks of 16 tokens on the C / 16 diagonal blocks alone, all at once.
+
+    For one warp, whose products are mma.sync. X is kept both ways, as X and XT: every product is then that of a sum and the
+    transpose of another one, which lie in the registers of a thread as it takes its operands. Nothing goes through shared
+    memory, where products wait for each other: 2,100 instructions a chunk, by four warps with it about 7,000.
     """
     TWO: tl.constexpr = OP == tl.float32
+    G: tl.constexpr = C // 16
+    pid = tl.program_id(0).to(tl.int64)
     n, bh = pid % N, pid // N
     b, h = bh // H, bh % H
     chunk = (b * N + n) * H + h
     first = (b * T + n * C) * H + h  # of [B, T, H]
     left = tl.minimum(T - n * C, C).to(tl.int32)
     i = tl.arange(0, C)
-    cols = tl.arange(0, BK)
-    kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
-    # Differences of running sums lose digits when one gate is shut (g = -50 or -inf). Multiples of 1/16 add up exactly, so the
-    # coarse parts cancel without rounding. The clamp changes nothing: e^-128 is zero in float32.
-    own = tl.maximum(tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32), -128.0)
-    own_coarse = tl.floor(own * 16.0 + 0.5) * 0.0625
-    own_rest = own - own_coarse
-    coarse, rest = tl.cumsum(own_coarse, 0), tl.cumsum(own_rest, 0)
+    strength = tl.load(beta + first + i * H, mask=i < left, other=0.0).to(tl.float32)
+    PART: tl.constexpr = min(BK, 64)  # columns of keys at a time, lest registers overflow
+    L = tl.zeros([C, C], tl.float32)
+    norm = tl.zeros([C], tl.float32)
+    for part in tl.static_range(BK // PART):
+        kt = pieces.load_rows(k + first * K, i, part * PART + tl.arange(0, PART), H * K, left, K)
+        if part == 0:
+            values = pieces.load_rows(v + first * V, i, tl.arange(0, BV), H * V, left, V)
+        L = tl.dot(kt, tl.trans(kt), L, input_precision=PREC)
+        if NORM_K:
+            norm += tl.sum(kt.to(tl.float32) * kt.to(tl.float32), 1)
+    if NORM_K:
+        norm = tl.rsqrt(norm + pieces.NORM_EPS)
+    else:
+        norm += 1.0
+    own_coarse, own_rest, coarse, rest = _sums(g, first, i, H, left)
     last_coarse, last_rest = tl.sum(own_coarse, 0), tl.sum(own_rest, 0)
     row_coarse, row_rest = coarse, rest
     if RAW:
         row_coarse, row_rest = coarse - own_coarse, rest - own_rest
-    norm = pieces.inverse_norm(kt, NORM_K)
-    strength = tl.load(beta + first + i * H, mask=i < left, other=0.0).to(tl.float32)
-    from_start = tl.exp(coarse + rest)
     base = gates + chunk * 7 * C + i
-    tl.store(base, from_start)
+    tl.store(base, tl.exp(coarse + rest))
     tl.store(base + C, strength * tl.exp(row_coarse + row_rest) * norm)
     tl.store(base + 2 * C, tl.exp((last_coarse - coarse) + (last_rest - rest)) * norm)
     tl.store(base + 3 * C, strength)
@@ -73,67 +174,56 @@ def _invert(
     tl.store(base + 4 * C, coarse)
     tl.store(base + 5 * C, rest)
     tl.store(base + 6 * C, norm)
-    strength *= norm
-    below = i[:, None] > i[None, :]
-    L = tl.dot(kt, tl.trans(kt), input_precision=PREC) * pieces.decays(coarse, rest, row_coarse, row_rest, below, TWO)
-    L *= strength[:, None]
-    if NORM_K:
-        L *= norm[None, :]
 
-    G: tl.constexpr = C // 16
-    a = tl.arange(0, 16)
-    at = tl.arange(0, G)[:, None] * 16 + a[None, :]
-    mask = (at[:, :, None] < left) & (cols[None, None, :] < K)
-    kd = tl.load(k + first * K + at[:, :, None] * (H * K) + cols[None, None, :], mask=mask, other=0.0)
-    below = a[None, :, None] > a[None, None, :]
-    Ld = tl.dot(kd, tl.permute(kd, (0, 2, 1)), input_precision=PREC)
-    coarse_d, row_d = tl.reshape(coarse, [G, 16]), tl.reshape(row_coarse, [G, 16])
-    gap = row_d[:, :, None] - coarse_d[:, None, :]
+    largest = pieces.amax(values)
+    if VB > 1:
+        values = pieces.load_rows(v + first * V, i, BV + tl.arange(0, BV), H * V, left, V)
+
+    # -L: its blocks of 16 on the diagonal, and what lies below them. Above the diagonal is what is never used.
+    strength *= -norm
+    L = tl.reshape(L, [1, C, C])
+    B16, B32 = L, L
+    if C == 64:
+        B32, L = _quarters(L)
+        row, column = _factors(coarse, row_coarse, rest, row_rest, strength, norm, 1, 32, TWO)
+        B32 *= row[:, :, None] * column[:, None, :]
+    if C >= 32:
+        B16, L = _quarters(L)
+        row, column = _factors(coarse, row_coarse, rest, row_rest, strength, norm, C // 32, 16, TWO)
+        B16 *= row[:, :, None] * column[:, None, :]
+    gap = tl.reshape(row_coarse, [G, 16])[:, :, None] - tl.reshape(coarse, [G, 16])[:, None, :]
     if TWO:
         gap += tl.reshape(row_rest, [G, 16])[:, :, None] - tl.reshape(rest, [G, 16])[:, None, :]
-    Ld = tl.where(below, Ld * tl.exp(tl.where(below, gap, 0.0)), 0.0) * tl.reshape(strength, [G, 16])[:, :, None]
+    L *= tl.exp(tl.minimum(gap, 80.0)) * tl.reshape(strength, [G, 16])[:, :, None]
     if NORM_K:
-        Ld *= tl.reshape(norm, [G, 16])[:, None, :]
-    half = a // 2
-    same = half[None, :, None] == half[None, None, :]
-    Xd = tl.where(a[None, :, None] == a[None, None, :], 1.0, 0.0) - tl.where(same, Ld, 0.0)
+        L *= tl.reshape(norm, [G, 16])[:, None, :]
+    a = tl.arange(0, 16)
+    row, column = a[None, :, None], a[None, None, :]
+    X = tl.where(row == column, 1.0, tl.where((row >> 1 == column >> 1) & (row > column), L, 0.0))
+    eye = tl.where(row == column, X, 0.0)  # taken from X so that it lies as X does
+    XT = tl.dot(eye.to(OP), _transposed(X.to(OP)), input_precision=PREC)
     for level in tl.static_range(1, 4):
-        outer, inner = a >> (level + 1), a >> level
-        corner = (outer[None, :, None] == outer[None, None, :]) & (inner[None, :, None] != inner[None, None, :])
-        B = tl.where(corner, Ld, 0.0).to(OP)
-        BX = tl.dot(B, Xd.to(OP), input_precision=PREC)
-        Xd -= tl.dot(Xd.to(OP), BX.to(OP), input_precision=PREC)
-    blocks = tl.arange(0, G)
-    diagonal = blocks[:, None, None, None] == blocks[None, None, :, None]
-    X = tl.reshape(tl.where(diagonal, Xd[:, :, None, :], 0.0), [C, C])
-    for level in tl.static_range(4, 8):
-        if (1 << level) < C:
-            outer, inner = i >> (level + 1), i >> level
-            corner = (outer[:, None] == outer[None, :]) & (inner[:, None] != inner[None, :])
-            B = tl.where(corner, L, 0.0).to(OP)
-            BX = tl.dot(B, X.to(OP), input_precision=PREC)
-            X -= tl.dot(X.to(OP), BX.to(OP), input_precision=PREC)
+        corner = (row >> (level + 1) == column >> (level + 1)) & (row >> level > column >> level)
+        B = tl.where(corner, L, 0.0).to(OP)
+        X16, XT16 = X.to(OP), XT.to(OP)
+        BXT = tl.dot(XT16, _transposed(B), input_precision=PREC).to(OP)
+        X = tl.dot(X16, _transposed(BXT), X, input_precision=PREC)
+        XT = tl.dot(BXT, _transposed(X16), XT, input_precision=PREC)
+    if VB > 1:
+        largest = tl.maximum(largest, pieces.amax(values))
+    for vb in tl.static_range(2, VB):
+        values = pieces.load_rows(v + first * V, i, vb * BV + tl.arange(0, BV), H * V, left, V)
+        largest = tl.maximum(largest, pieces.amax(values))
+    if C >= 32:
+        X, XT = _double(X, XT, B16, OP, PREC, C > 32)
+    if C == 64:
+        X, XT = _double(X, XT, B32, OP, PREC, False)
     square = i[:, None] * C + i[None, :]
-    tl.store(inverse + chunk * C * C + square, X.to(OP))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def intra(
-    k, v, beta, g, start, inverse, gates, sizes,
-    T, H, N, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_START: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
-    RAW: tl.constexpr, NORM_K: tl.constexpr,
-):  # fmt: skip
-    """`_invert` of one chunk by every second program and `amax_of_chunk` of v by the others: one computes, the other loads."""
-    pid = (tl.program_id(0) // 2).to(tl.int64)
-    if tl.program_id(0) % 2 == 0:
-        _invert(k, beta, g, inverse, gates, pid, T, H, N, K, C, BK, OP, PREC, RAW, NORM_K)
-    else:
-        largest = pieces.amax_of_chunk(v, pid, T, H, N, V, C, BV)
-        if HAS_START:
-            if pid % N == 0:
-                largest = tl.maximum(largest, pieces.amax_of_state(start + pid // N * K * V, K, V, C, BV))
-        tl.store(sizes + pid, largest)
+    tl.store(inverse + chunk * C * C + square, tl.reshape(X, [C, C]).to(OP))
+    if HAS_START:
+        if n == 0:
+            largest = tl.maximum(largest, pieces.amax_of_state(start + bh * K * V, K, V, C, BV))
+    tl.store(sizes + pid, largest)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -157,7 +247,10 @@ def summarise(
     f = pieces.fit(sizes, bh, N, OP)
     f = tl.where(of_map, 1.0, f)
     width = tl.where(of_map, K, V)
-    for n in tl.range(block * R, tl.minimum(block * R + R, N), num_stages=STAGES):
+    end = tl.minimum(block * R + R, N)
+    # Nothing follows the last block but its map, backwards.
+    end = tl.where((block == NB - 1) & (not of_map), block * R, end)
+    for n in tl.range(block * R, end, num_stages=STAGES):
         first = (b * T + n * C) * H + h
         left = tl.minimum(T - n * C, C).to(tl.int32)
         chunk = (b * N + n) * H + h
@@ -268,7 +361,8 @@ def walk(
         chunk = (b * N + n) * H + h
         values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
         kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
-        k_t = pieces.load_columns(k + first * K, cols, i, H * K, left, K)
+        k16 = kt.to(OP)
+        k_t = tl.trans(k16)
         X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
         recall, to_end = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 2, i, C)
         strength = pieces.vector(gates, chunk, 3, i, C)
@@ -279,16 +373,16 @@ def walk(
         S16 = S.to(OP)
         if SAVE:
             pieces.store_rows(states + chunk * K * V, S16, cols, out_cols, V, K, V)
-        recalled = tl.dot(kt.to(OP), S16, input_precision=PREC)
+        recalled = tl.dot(k16, S16, input_precision=PREC)
         R_ = (strength * f)[:, None] * values.to(tl.float32) - recall[:, None] * recalled
         new_v = tl.dot(X, R_.to(OP), input_precision=PREC)
         new_v16 = new_v.to(OP)
         if KEEP:
             pieces.store_rows(new_values + first * V, new_v16, i, out_cols, H * V, left, V)
-        S = tl.dot(k_t.to(OP), (to_end[:, None] * new_v).to(OP), S * whole, input_precision=PREC)
+        S = tl.dot(k_t, (to_end[:, None] * new_v).to(OP), S * whole, input_precision=PREC)
         if READ:  # after S is on its way: registers would not hold both
             norm_q = pieces.inverse_norm(qt, NORM_Q)
-            P = pieces.scores(qt.to(OP), k_t.to(OP), gates, chunk, norm_q, i, C, OP, PREC, NORM_K)
+            P = pieces.scores(qt.to(OP), k_t, gates, chunk, norm_q, i, C, OP, PREC, NORM_K)
             o = tl.dot(qt.to(OP), S16, input_precision=PREC) * (from_start * norm_q)[:, None]
             o = tl.dot(P, new_v16, o, input_precision=PREC)
             pieces.store_rows(out + first * V, o * (scale / f), i, out_cols, H * V, left, V)

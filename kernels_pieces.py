@@ -95,16 +95,16 @@ def _maximum(sizes, start, end):
 
 
 @triton.jit
-def fit_gradients(sizes, start, end, state, OP: tl.constexpr):
-    """The same for the gradients of chunks start to end and of the state [BK, BV] that they leave, which come in any size: the
-    largest is brought to between 4 and 8, and sums over the tokens of a block may grow 2^13 times.
+def fit_gradients(sizes, start, end, of_state, OP: tl.constexpr):
+    """The same for the gradients of chunks start to end and of the state that they leave, of magnitude `of_state`, which come in
+    any size: the largest is brought to between 4 and 8, and sums over the tokens of a block may grow 2^13 times.
     """
-    return tight(tl.maximum(_maximum(sizes, start, end), amax(state)), OP) * 4.0
+    return tight(tl.maximum(_maximum(sizes, start, end), of_state), OP) * 4.0
 
 
 @triton.jit
 def amax(x):
-    return tl.max(tl.max(tl.abs(x.to(tl.float32)), 1), 0)
+    return tl.max(tl.abs(x)).to(tl.float32)  # of all at once: rows first would cost a shuffle a row
 
 
 @triton.jit
@@ -141,13 +141,18 @@ def vector(gates, chunk, row: tl.constexpr, i, C: tl.constexpr):
     return tl.load(gates + (chunk * 7 + row) * C + i)
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
-def decays(coarse, rest, row_coarse, row_rest, keep, TWO: tl.constexpr):
-    """e^(gc_i - gc_j) where `keep`, else 0. Masked before exp, where the differences would overflow."""
-    gap = row_coarse[:, None] - coarse[None, :]
+def decays(coarse, rest, row_coarse, row_rest, keep, TWO: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """e^(gc_i - gc_j) / 2^SHIFT where `keep`, else 0. Masked before exp, where the differences would overflow."""
     if TWO:
-        gap += row_rest[:, None] - rest[None, :]
-    return tl.where(keep, tl.exp(tl.where(keep, gap, 0.0)), 0.0)
+        gap = row_coarse[:, None] - coarse[None, :] + (row_rest[:, None] - rest[None, :])
+        return tl.exp(tl.where(keep, gap, -float("inf"))) * (1.0 / (1 << SHIFT))
+    else:  # the factors that need not be exact taken to the vectors
+        gap = (row_coarse * LOG2E - SHIFT)[:, None] - (coarse * LOG2E)[None, :]
+        return tl.exp2(tl.where(keep, gap, -float("inf")))
 
 
 @triton.jit
