@@ -46,14 +46,17 @@ def kernel_work(shape: bench_measure.Shape, plan, *, dtype: str = "bf16") -> dic
     B, T, H, K, V = shape
     C, N, NB = plan.C, plan.N, plan.NB
     heads, blocks, chunks = B * H, B * H * NB, B * H * N
-    walks = 1 if NB == 1 else 2  # backward: the first one summarises the blocks
+    # Chunks that a summary walks over: forward all but the last block's, backward all but the first's.
+    summed, summed_back = heads * plan.R * (NB - 1), heads * (N - plan.R)
     # FLOP of the products of a chunk: [C, K] with [K, V], [C, C] with [C, V] or [C, K]. Bytes of its tiles: k, v, what kernels
     # hand on of their shapes, X, the state, one vector of gates, the state in float32.
     ckv, ccv, cck, ckk = 2 * C * K * V, 2 * C * C * V, 2 * C * C * K, 2 * C * K * K
+    trace = 2 * K * K * V if dtype != "fp32" and plan.BK <= 64 else 0
     x, h = bench_measure.DTYPES[dtype].itemsize, 4 if dtype == "fp32" else 2
     k, v, v16, k16, X, S16, gate, S = C * K * x, C * V * x, C * V * h, C * K * h, C * C * h, K * V * h, 4 * C, K * V * 4
-    inverse = 2 * C * 16 * K + 3 * 2 * (C // 16) * 2 * 16**3  # blocks of 16 tokens, ...
-    inverse += (int(math.log2(C)) - 4) * 2 * 2 * C**3  # ... then pairs of halves, up to C
+    inverse = 10 * (C // 16) * 2 * 16**3  # blocks of 16 tokens, X and its transpose, ...
+    for half in (16, 32, 64):  # ... then pairs of halves, up to C, the transpose of the last one left out
+        inverse += (3 if 2 * half < C else 2) * (C // (2 * half)) * 2 * half**3
     work = {
         "intra": Work(chunks * (cck + inverse), chunks * (k + v + 9 * gate + X)),
         "walk": Work(
@@ -68,18 +71,24 @@ def kernel_work(shape: bench_measure.Shape, plan, *, dtype: str = "bf16") -> dic
             chunks * (2 * ckv + 3 * ccv + 3 * cck), chunks * (3 * k + 2 * v + X + S16 + 7 * gate + k16 + v16)
         ),
         "walk_back": Work(
-            walks * chunks * (3 * ckv + ccv),
-            walks * (chunks * (2 * k + v + X + v16 + 3 * gate) + blocks * S) + chunks * (S16 + v16),
+            (chunks + summed_back) * (3 * ckv + ccv),
+            (chunks + summed_back) * (2 * k + v + X + v16 + 3 * gate)
+            + (blocks + heads * (NB - 1)) * S
+            + chunks * (S16 + v16),
         ),
         "gradients": Work(
-            chunks * (3 * ckv + 2 * ccv + 2 * cck), chunks * (2 * k + 2 * v + X + 2 * S16 + v16 + k16 + 10 * gate)
+            chunks * (3 * ckv + 3 * ccv + 2 * cck + trace),
+            chunks * (2 * k + 2 * v + X + 2 * S16 + v16 + k16 + 14 * gate),
         ),
     }
     if not plan.reads_as_it_walks:
         work["read"] = Work(chunks * (ckv + ccv + cck), chunks * (2 * k + v + S16 + v16 + 3 * gate))
     if NB > 1:
-        both = 2 * ckv + ccv + 2 * ckk + cck  # columns of v and, for the map, of k
-        work["summarise"] = Work(chunks * both, chunks * (k + v + X + 3 * gate) + blocks * (K * K * h + S))
+        of_state, of_map = 2 * ckv + ccv, 2 * ckk + cck  # columns of v and of k
+        work["summarise"] = Work(
+            summed * of_state + chunks * of_map,
+            summed * v + chunks * (k + X + 3 * gate) + blocks * K * K * h + heads * (NB - 1) * S,
+        )
         work["scan"] = Work(2 * blocks * 2 * K * K * V, 2 * blocks * (K * K * h + 2 * S))  # forward and back
     return work
 

@@ -27,10 +27,12 @@ from typing import NamedTuple
 import torch
 from torch import library
 
-NAMESPACE = "groundthink"
+# A notebook that reloads this module gets operators of another namespace: torch 2.11 confuses them where the same names are
+# defined again. Those of before stay for graphs that hold them.
+_libraries = globals().get("_libraries", [])
+NAMESPACE = f"groundthink_{len(_libraries)}" if _libraries else "groundthink"
+_libraries.append(library.Library(NAMESPACE, "FRAGMENT"))
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # and no subclass, which may want to see the operator
-_library = None  # dropped first, and its operators with it, where a notebook reloads this module
-_library = library.Library(NAMESPACE, "FRAGMENT")
 
 
 class Write(NamedTuple):
@@ -107,14 +109,14 @@ def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Ca
     `launch` runs it and `fake` describes its results; `keep(ctx, inputs, output)` and `backward(ctx, *grads)` are its gradient,
     as library.register_autograd and torch.autograd.Function take them.
     """
-    path = f"{NAMESPACE}::{name}"
-    library.define(path, schema, lib=_library, tags=(torch.Tag.pt2_compliant_tag,))
+    path, lib = f"{NAMESPACE}::{name}", _libraries[-1]
+    library.define(path, schema, lib=lib, tags=(torch.Tag.pt2_compliant_tag,))
     # Where a graph breaks around an operator, Dynamo would trace into its launches.
-    library.impl(path, ("cpu", "cuda"), torch.compiler.disable(launch), lib=_library)
-    library.register_fake(path, fake, lib=_library)
+    library.impl(path, ("cpu", "cuda"), torch.compiler.disable(launch), lib=lib)
+    library.register_fake(path, fake, lib=lib)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    library.register_autograd(path, backward, setup_context=keep, lib=_library)
-    library.register_vmap(path, _members_join_the_batch(op), lib=_library)
+    library.register_autograd(path, backward, setup_context=keep, lib=lib)
+    library.register_vmap(path, _members_join_the_batch(op), lib=lib)
 
     def function(forward):
         methods = dict(forward=forward, setup_context=keep, backward=backward)

@@ -202,6 +202,8 @@ class _Launches:
         if self.compiled is not None and not _watched():
             of, run, kernel, metadata, values = self.compiled.get(at, (None,) * 5)
             if of is function:  # another one where a notebook has reloaded an edited module
+                # Addresses instead of tensors: Triton would ask the driver about each.
+                args = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
                 run(programs, 1, 1, self.stream, kernel, metadata, None, None, None, *args, *values)
                 return
         kernel = function[(programs,)](*args, **constants, **options)

@@ -264,7 +264,7 @@ def gradients(
         dk_end = tl.dot(new_v, tl.trans(dS16), dk_end, input_precision=PREC)
         if TRACE:  # a product of which only the diagonal is wanted: less work than sums over float32 tiles
             square = tl.dot(S16, tl.trans(dS16), input_precision=PREC)
-            d_whole += tl.sum(tl.sum(tl.where(cols[:, None] == cols[None, :], square, 0.0), 1), 0)
+            d_whole += tl.sum(tl.where(cols[:, None] == cols[None, :], square, 0.0))
         gL = tl.dot(gR, tl.trans(new_v), gL, input_precision=PREC)
     # Barriers keep what comes next from being computed above, where registers are short.
     tl.debug_barrier()
