@@ -59,7 +59,7 @@ def through_rule(impl, q, k, v, beta, g, initial_state, second):
 
 
 def loss(results):
-    return sum((n + 1) * y.float().square().sum() for n, y in enumerate(results))
+    return 0.1 * sum((n + 1) * y.float().square().sum() for n, y in enumerate(results))  # gradients within float16
 
 
 def everything(function, impl, x):
