@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bench_measure
 import config
 import core
 import model
@@ -53,19 +54,10 @@ def wall_ms(call: Callable, *, device: torch.device, repeats: int, warmup: int =
 
 
 def device_ms(call: Callable, *, repeats: int = 5, warmup: int = 3) -> tuple[float, dict[str, float]]:
-    """Milliseconds of kernels, copies and fills per call, and the same by kernel name."""
+    """Milliseconds of kernels, copies and fills in a call, the median of `repeats`, and those of the middle one by kernel."""
     for _ in range(warmup):
         call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    kernels = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kernels[event.name] = kernels.get(event.name, 0.0) + event.self_device_time_total / 1e3 / repeats
-    return sum(kernels.values()), kernels
+    return bench_measure.device_work(call, steps=repeats)
 
 
 @dataclass(frozen=True)
@@ -79,11 +71,8 @@ class Speed:
     @classmethod
     def measure(cls, device: torch.device) -> Speed:
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        source = torch.zeros(2**28, device=device)  # 1 GiB
-        target = torch.empty_like(source)
         matmul = wall_ms(lambda: a @ a, device=device, repeats=20)
-        copy = wall_ms(lambda: target.copy_(source), device=device, repeats=20)
-        return cls(2 * 8192**3 / matmul * 1e3, 2 * source.nbytes / copy * 1e3)
+        return cls(2 * 8192**3 / matmul * 1e3, bench_measure.copy_bandwidth())
 
 
 # ------------------------------------------------------------------------------------------------ bounds

@@ -334,7 +334,8 @@ def delta_rule(
         ValueError: naming the argument, what was expected and what was given.
 
     All arithmetic is in the dtype of the state, also under autocast. impl="triton" multiplies 16-bit inputs in float16 and adds
-    up in float32; float32 inputs it multiplies as `torch.set_float32_matmul_precision` says. Sources: see the module.
+    up in float32, so entries and products of queries and keys have to stay below 65,504 (values and gradients may have any size);
+    float32 inputs it multiplies as `torch.set_float32_matmul_precision` says. Sources: see the module.
     """
     _validate(q=q, k=k, v=v, beta=beta, g=g, state=initial_state, erase=erase, check_finite=check_finite)
     _check_scale(scale)

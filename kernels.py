@@ -28,6 +28,9 @@ Precision: operands of products in float16 with float32 sums for 16-bit inputs, 
 range of float16 are multiplied by powers of two first (`pieces.fit`). float32 inputs multiply in float32 as torch's own
 matrix products do: `torch.set_float32_matmul_precision`.
 
+Other names for the same: X is the inverse of the WY or UT transform, which `intra` computes; new_v is u - w S; `summarise`,
+`scan` and `walk` are state passing, in blocks.
+
 Letters: B batch, T tokens, H heads, K key width, V value width, C chunk, N chunks, R chunks per block, NB blocks. BK, BV: padded
 widths of tiles. Algebra: Yang et al., "Gated Delta Networks" (2024); the block maps are its chunk form composed.
 """
@@ -35,6 +38,7 @@ widths of tiles. Algebra: Yang et al., "Gated Delta Networks" (2024); the block 
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import NamedTuple
 
 import torch
@@ -43,23 +47,20 @@ import triton.language as tl
 
 import kernels_backward
 import kernels_forward
+import kernels_pieces
 
 # ------------------------------------------------------------------------------------------------ plan
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched: warps, stages of the software pipeline, registers per thread at most (0: no limit)."""
+    """How one kernel is launched: warps, and stages of the software pipeline of its loop."""
 
     warps: int
     stages: int = 1
-    registers: int = 0
 
     def options(self):
         """As a launch takes them. Stages are an argument of the kernels' loops."""
-        options = dict(num_warps=self.warps)
-        if self.registers:
-            options["maxnreg"] = self.registers
-        return options
+        return dict(num_warps=self.warps)
 
 
 class Plan(NamedTuple):
@@ -86,7 +87,8 @@ class Plan(NamedTuple):
     read_back: Launch
 
 
-# Tiles narrower than 64 columns make ptxas 12.8 to 12.9 (Triton 3.6) use a matrix descriptor it never set, for some kernels.
+# Tiles of 32 columns make ptxas 12.8 to 12.9 (Triton 3.6) use a matrix descriptor it never set, for some kernels on Hopper. Those
+# of 16 that `scan` takes never did; other GPUs, which have smaller ones, have no such descriptors or another ptxas.
 LEAST = 16 if triton.knobs.runtime.interpret else 64
 
 
@@ -181,6 +183,19 @@ def _watched():
     return bool(getattr(hook, "calls", hook))  # a chain of hooks in Triton 3.5 and later
 
 
+_built_from = kernels_pieces.REVISION
+
+
+def _follow_edits():
+    """Build all kernels anew where a notebook has reloaded the pieces: Triton would not look at those again."""
+    global _built_from
+    if _built_from is not kernels_pieces.REVISION:
+        importlib.reload(kernels_forward)
+        importlib.reload(kernels_backward)
+        _COMPILED.clear()
+        _built_from = kernels_pieces.REVISION
+
+
 class _Launches:
     """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
     everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
@@ -189,6 +204,7 @@ class _Launches:
     """
 
     def __init__(self, key, tensors):
+        _follow_edits()
         given = [x for x in tensors if x is not None]
         aligned = not any(x.data_ptr() % 16 for x in given)  # as Triton likes it, and torch allocates
         known = given[0].is_cuda and aligned
@@ -224,7 +240,7 @@ class Written(NamedTuple):
     inverse [B, N, H, C, C] 16 bit                 X of every chunk
     states [B, N, H, K, V] 16 bit                  on entry of every chunk, times its scale
     scales [B, H] float32                          powers of two
-    maps [B, NB, H, K, K] 16 bit                   M of every block, where there is more than one
+    maps [B, NB, H, K, K] 16 bit                   M of every block (its decay w is not in it), where there is more than one
     new_v [B, T, H, V] 16 bit                      the values written, times the scale
     """
 
@@ -312,19 +328,17 @@ def write(
     )
 
 
-def _sizes(run, p, x, start):
-    """`size` of x [B, T, H, V] and of `start` [B, H, K, V], either of which may be None: [B, H, N] float32, None for neither."""
+def _sizes(run, p, T, x, states, start):
+    """`size` of what later reads sent back, x [B, T, H, V] and states [B, N, H, K, V], and of `start` [B, H, K, V], where they
+    are: [B, H, N] float32, None for neither."""
     if x is None and start is None:
         return None
-    if x is not None:
-        B, T, H, V = x.shape
-        K = 1 if start is None else start.shape[-2]
-    else:
-        (B, H, K, V), T = start.shape, 1
-    sizes = (start if x is None else x).new_empty((B, H, p.N), dtype=torch.float32)
+    given = states if start is None else start
+    B, (H, K, V) = len(given), given.shape[-3:]
+    sizes = given.new_empty((B, H, p.N), dtype=torch.float32)
     run(
         kernels_forward.size, B * H * p.N,
-        start if x is None else x, x if start is None else start, sizes, T, H, p.N, K, V,
+        given if x is None else x, given, given if x is None else states, sizes, T, H, p.N, K, V,
         C=p.C, BV=min(128, _power_of_two(V)), HAS_X=x is not None, HAS_START=start is not None, options={"num_warps": 4},
     )  # fmt: skip
     return sizes
@@ -392,7 +406,7 @@ def write_backward(
     group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
     d_ends = new((group, N, K, V), dtype=half)
     d_scales = new((group, NB), dtype=torch.float32)
-    sizes = _sizes(run, p, d_new_v, d_state)
+    sizes = _sizes(run, p, T, d_new_v, d_states, d_state)
     has_sizes = sizes is not None
     if not has_sizes:
         sizes = new((B, H, N), dtype=torch.float32) if reads else new((B, H, N), dtype=torch.float32).zero_()

@@ -144,6 +144,8 @@ def read_gradients(
             S16 = pieces.load_rows(states + chunk * K * V, cols, tl.arange(0, BV), V, K, V)
             values = pieces.load_rows(v + first * V, i, tl.arange(0, BV), H * V, left, V)
         size = tl.maximum(size, pieces.amax(do) * tl.abs(scale))
+    if not NORM_Q:  # the state gets q^T d_out
+        size *= tl.maximum(pieces.amax(q_t), 1.0)
     f, fd = tl.load(scales + bh), pieces.tight(size, OP)
     tl.store(d_scales_out + pid, fd)
     tl.store(sizes + pid, tl.maximum(size, tl.load(sizes + pid)) if HAS_SIZES else size)

@@ -10,18 +10,23 @@ SIZES = ["T", "N", "R", "NB"]  # one compiled kernel serves all of them
 
 @triton.jit(do_not_specialize=SIZES)
 def size(
-    x, start, sizes,
+    x, start, states, sizes,
     T, H, N, K, V,
     C: tl.constexpr, BV: tl.constexpr, HAS_X: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
-    """The largest magnitude of every chunk of x [B, T, H, V] and, with the first, of `start` [B, H, K, V]."""
+    """The largest magnitude of every chunk of x [B, T, H, V] and of states [B, N, H, K, V] and, with the first chunk, of `start`
+    [B, H, K, V]. HAS_X: x and states are there.
+    """
     pid = tl.program_id(0).to(tl.int64)
+    n, bh = pid % N, pid // N
     largest = 0.0
     if HAS_X:
         largest = pieces.amax_of_chunk(x, pid, T, H, N, V, C, BV)
+        chunk = (bh // H * N + n) * H + bh % H
+        largest = tl.maximum(largest, pieces.amax_of_state(states + chunk * K * V, K, V, C, BV))
     if HAS_START:
-        if pid % N == 0:
-            largest = tl.maximum(largest, pieces.amax_of_state(start + pid // N * K * V, K, V, C, BV))
+        if n == 0:
+            largest = tl.maximum(largest, pieces.amax_of_state(start + bh * K * V, K, V, C, BV))
     tl.store(sizes + pid, largest)
 
 

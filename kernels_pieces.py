@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 NORM_EPS = tl.constexpr(1e-6)
+REVISION = object()  # another one after every reload: kernels.py sees by it that kernels were built from older pieces
 
 
 @triton.jit
@@ -17,7 +18,8 @@ def load_rows(pointer, rows, cols, stride, n_rows, n_cols):
 def load_columns(pointer, cols, rows, stride, n_rows, n_cols):
     """The same tile transposed, [cols, rows].
 
-    A tile that a loop needs both ways is loaded twice: Triton prefetches no load that has two different uses.
+    `summarise` and `walk_back` load keys both ways: Triton prefetches no load that has two different uses. `walk`, with more to
+    hold in shared memory and a deeper prefetch, is faster with one load and its transpose.
     """
     mask = (rows[None, :] < n_rows) & (cols[:, None] < n_cols)
     return tl.load(pointer + rows[None, :] * stride + cols[:, None], mask=mask, other=0.0)

@@ -185,7 +185,7 @@ class CrossEntropy(torch.autograd.Function):
             if fused:
                 import kernels_loss
 
-                margins[start : start + rows] = kernels_loss.margins_(grad, target, vocab)
+                margins[start : start + rows] = kernels_loss.margins_(grad, target, vocab, gradient=need)
             else:
                 margins[start : start + rows], grad = _margins(grad.to(wide), target, need)
             if need:

@@ -39,7 +39,7 @@ def module_hashes() -> dict[str, str]:
 def git_revision() -> str:
     """Short revision of the checkout, with `+changes` where tracked files differ from it.
 
-    Outside a repository, as in a copy sent to a GPU machine, what WORKBOOK_REVISION says, or `unknown`.
+    Outside a repository, as in an unpacked archive, what WORKBOOK_REVISION says, or `unknown`.
     """
     unknown = os.environ.get("WORKBOOK_REVISION", "unknown")
     try:

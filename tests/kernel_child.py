@@ -52,9 +52,8 @@ class Case(NamedTuple):
 
     sizes: tuple[int, ...]  # B, T, H, K, V
     change: Callable[[dict[str, torch.Tensor]], None] | None = None  # edits what was drawn, in float64
-    reads: int | None = (
-        None  # None: delta_rule; else delta_write and so many reads, each normalised and scaled otherwise
-    )
+    # None: delta_rule; else delta_write and so many reads, each normalised and scaled otherwise.
+    reads: int | None = None
     erase: str = "decayed"
     start: bool = True
     normalize: bool = False
@@ -68,9 +67,8 @@ class Case(NamedTuple):
     noise: tuple[
         str, ...
     ] = ()  # results whose terms cancel or vanish beside others: compared with d_beta if that is larger
-    magnified: float = (
-        1.0  # how much larger than elsewhere errors may be: keys that nearly coincide magnify every rounding
-    )
+    # How much larger than elsewhere errors may be: keys that nearly coincide magnify every rounding.
+    magnified: float = 1.0
     replay: bool = False  # also without gradients, to the same bits
     float32_gates: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
@@ -138,6 +136,21 @@ def scale_keys(x):
     x["q"][:, ::5] = 0.0
 
 
+def ask_elsewhere(first=0):
+    """Queries orthogonal to every key from token `first` on: what is read sends nothing back to what those wrote."""
+
+    def change(x):
+        half = x["k"].shape[-1] // 2
+        x["k"][:, first:, :, half:] = 0.0
+        x["q"][..., :half] = 0.0
+
+    return change
+
+
+def enlarge_queries(x):
+    x["q"] *= 3000.0
+
+
 WHOLE = (16, 8, 16)  # all chunks in one block
 F32, F16 = (torch.float32,), (torch.float16,)
 CASES = {
@@ -169,7 +182,7 @@ CASES = {
     "widths 5 and 7": Case((2, 40, 1, 5, 7), reads=2, dtypes=F32),
     "widths 33 and 17": Case((1, 40, 1, 33, 17), reads=1, normalize=True, dtypes=F32),
     "widths 3 and 50": Case((1, 40, 1, 3, 50), erase="raw", dtypes=F32),
-    "widths 100 and 20": Case((1, 20, 1, 100, 20), dtypes=F32),
+    "widths 100 and 20": Case((1, 20, 1, 100, 20)),
     "no decay": Case((1, 70, 1, 16, 16), fill_gates(0.0), dtypes=F32),
     "slow decay": Case((1, 130, 1, 16, 16), decay=1e-3, tiles=(32, 2, 16)),
     "strong decay": Case((1, 40, 1, 16, 16), fill_gates(-50.0), noise=("d_g", "d_initial_state")),
@@ -193,6 +206,9 @@ CASES = {
     "values of zero, initial state": Case((1, 40, 1, 16, 16), zero("v"), reads=1, magnified=2.0, dtypes=F16),
     "keys of zero": Case((1, 40, 1, 16, 16), zero("k"), normalize=True, dtypes=F16),
     "heads of different size": Case((1, 40, 3, 16, 16), multiply_heads, each_head=True, dtypes=F16),
+    "queries that match no key": Case((1, 40, 1, 16, 16), ask_elsewhere(), reads=1, cotangents=(1.0, 0.0)),
+    "queries that match early keys": Case((1, 100, 1, 16, 16), ask_elsewhere(16), reads=1, start=False, cotangents=(1.0, 0.0)),
+    "large queries": Case((1, 70, 1, 16, 16), enlarge_queries, tiles=WHOLE, scale=1e-3, cotangents=(1.0, 0.0), dtypes=F16),
     "gradient of what is read": Case((1, 40, 1, 16, 16), cotangents=(1.0, 0.0), reads=1),
     "gradient of the state": Case((1, 40, 1, 16, 16), cotangents=(0.0, 1.0)),
     "small gradients": Case((1, 40, 1, 16, 16), cotangents=(1e-3, 1e-3), reads=2, dtypes=F16),
@@ -373,7 +389,7 @@ def with_tiles(plan, C, R, BV):
     def small(T, H, K, V, dtype, *rest):
         N = -(-T // C)
         return plan(T, H, K, V, dtype, *rest)._replace(
-            C=C, N=N, R=min(R, N), NB=-(-N // min(R, N)), BV=BV, VB=-(-V // BV)
+            C=C, N=N, R=min(R, N), NB=-(-N // min(R, N)), BV=BV, VB=-(-V // BV), read_columns=BV, gradient_columns=BV
         )
 
     return small

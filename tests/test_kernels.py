@@ -301,7 +301,8 @@ def problems_of(arch, K, V, dtype):
 @pytest.mark.gpu  # for the many cores of such a machine, and its version of Triton
 def test_fits_shared_memory_everywhere(compiler):
     """Every kernel at every width we name on every architecture we name: minutes on sixteen cores."""
-    jobs = itertools.product(SHARED, ((64, 128), (128, 128), (256, 256)), (torch.bfloat16, torch.float32))
+    widths = ((16, 256), (64, 128), (100, 50), (128, 128), (256, 16), (256, 256))
+    jobs = itertools.product(SHARED, widths, (torch.bfloat16, torch.float32))
     jobs = [(arch, K, V, dtype) for arch, (K, V), dtype in jobs]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:

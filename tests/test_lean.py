@@ -134,12 +134,18 @@ for dtype, vocab, width, bound in ((fp32, 300, 384, 1e-6), (fp32, 5000, 5120, 1e
     x[:, vocab:] = float("nan")  # padding
     grad = x.to(dtype)
     exact, expected = lean._margins(grad[:, :vocab].double(), y, True)
-    margins = kernels_loss.margins_(grad, y, vocab)
+    kept = grad.clone()
+    alone = kernels_loss.margins_(grad, y, vocab, gradient=False)
+    assert torch.equal(grad[:, :vocab], kept[:, :vocab])
+    margins = kernels_loss.margins_(grad, y, vocab, gradient=True)
+    assert torch.equal(alone, margins)
     assert (grad[:, vocab:] == 0).all() and (grad[1] == 0).all() and margins[1] == -torch.inf
     assert ((margins - exact)[y >= 0].abs() < 2e-6 * exact[y >= 0].abs().clamp_min(1)).all(), margins - exact
     for i in (0, 2, 3, 4, 5):
         error = (grad[i, :vocab].double() - expected[i]).norm() / expected[i].norm()
         assert error < bound, (dtype, vocab, i, error)
+for target in (-1, vocab):  # no id of the vocabulary, and not the one that says unscored
+    assert kernels_loss.margins_(x.to(fp32), torch.full((6,), target), vocab, gradient=True).isnan().all()
 print("fine")
 """
 
@@ -162,8 +168,8 @@ def test_kernel_compiles(arch):
     types = {"logits": "*bf16", "targets": "*i64", "margins": "*fp32", "columns": "i32", "stride": "i32"}
     source = ASTSource(
         kernels_loss._margins_kernel,
-        signature={**types, "BLOCK": "constexpr"},
-        constexprs={(5,): kernels_loss.BLOCK},
+        signature={**types, "BLOCK": "constexpr", "GRADIENT": "constexpr"},
+        constexprs={(5,): kernels_loss.BLOCK, (6,): True},
         attrs={(0,): [["tt.divisibility", 16]], (4,): [["tt.divisibility", 16]]},
     )
     built = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": kernels_loss.WARPS})
