@@ -34,7 +34,7 @@ def plan_of(shape: bench_measure.Shape, dtype: str = "bf16"):
         return None
     import kernels
 
-    return kernels.plan(shape.T, shape.H, shape.K, shape.V, bench_measure.DTYPES[dtype])
+    return kernels.plan(shape.T, shape.K, shape.V, bench_measure.DTYPES[dtype])
 
 
 def kernel_work(shape: bench_measure.Shape, plan, *, dtype: str = "bf16") -> dict[str, Work]:

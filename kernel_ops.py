@@ -192,9 +192,9 @@ def _plan(k, V):
     """kernels.plan, for fake tensors too: where there is no GPU to ask, that of an H100."""
     kernels = _kernels()
     # A traced length becomes a number, since chunks and blocks follow from it: torch.compile compiles once per length.
-    T, H, K, V = (int(x) for x in (*k.shape[1:], V))
+    T, _, K, V = (int(x) for x in (*k.shape[1:], V))
     real = k.device.type == "cuda" and torch.cuda.is_available()
-    return kernels.plan(T, H, K, V, k.dtype, *kernels.limits(k.device if real else torch.device("cpu")))
+    return kernels.plan(T, K, V, k.dtype, *kernels.limits(k.device if real else torch.device("cpu")))
 
 
 # ------------------------------------------------------------------------------------------------ write

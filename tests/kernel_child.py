@@ -386,9 +386,9 @@ class Fenced:
 def with_tiles(plan, C, R, BV):
     """kernels.plan with other sizes of chunks, blocks and groups of columns."""
 
-    def small(T, H, K, V, dtype, *rest):
+    def small(T, K, V, dtype, *rest):
         N = -(-T // C)
-        return plan(T, H, K, V, dtype, *rest)._replace(
+        return plan(T, K, V, dtype, *rest)._replace(
             C=C, N=N, R=min(R, N), NB=-(-N // min(R, N)), BV=BV, VB=-(-V // BV), read_columns=BV, gradient_columns=BV
         )
 
