@@ -11,12 +11,13 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # machine makes training 19 times slower (1.31 s a step instead of 0.07); at 10,000 4 times, and nothing is lost alone.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help report test lab bench format clean
+.PHONY: help report test test-gpu lab bench format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make report   run the notebooks (full on a CUDA GPU, else smoke) and write reports/index.html"
 	@echo "make test     lint, tests, and every notebook in the smoke profile"
+	@echo "make test-gpu the tests that need a CUDA GPU; their outcome goes to results/gpu_tests.jsonl"
 	@echo "make lab      JupyterLab on notebooks/00_start_here.ipynb"
 	@echo "make bench    time the delta rule on this machine: on the CPU and, where there is one, on the GPU"
 	@echo "make format   fix what ruff can fix"
@@ -65,6 +66,10 @@ test: $(VENV)/.stamp
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
+
+# CI has no GPU: what these found is a line of results/gpu_tests.jsonl, with revision, device and versions.
+test-gpu: $(VENV)/.stamp
+	$(BIN)/python -m pytest -m gpu --record results/gpu_tests.jsonl
 
 # The server listens on this machine alone and asks for the token that is in the address it prints.
 lab: $(VENV)/.stamp
