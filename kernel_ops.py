@@ -5,7 +5,8 @@
     delta_step(q, k, v, beta, g, state, ...)                          kernels.step
 
 Each is an operator `torch.ops.groundthink.*` and, with gradients, the Python function `write`, `read` or `step` below, which is
-what `core` calls. An operator returns no None: what is absent is an empty tensor of shape [0].
+what `core` calls. An operator returns no None: what is absent is an empty tensor of shape [0]. A plain call, which goes past the
+operator, leaves it None: ten empty tensors a call take as long as two launches.
 
 A memory that is read several times gets gradients from each read. Autograd adds up what arrives as gradients of one tensor,
 but these are float32, and what a read takes in (new_v, states) is 16 bit. So delta_write also returns two `links`, float32 zeros
@@ -38,19 +39,19 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)  # and no subclass, which may want to
 class Write(NamedTuple):
     """What delta_write returns: `out` and `state`, then what its backward and later reads need, then the links.
 
-    kernels.Written has shapes, dtypes and meanings; what is None there is an empty tensor here.
+    kernels.Written has shapes, dtypes and meanings; what is None there may be an empty tensor here.
     """
 
-    out: torch.Tensor
+    out: torch.Tensor | None
     state: torch.Tensor
-    gates: torch.Tensor
-    inverse: torch.Tensor
-    states: torch.Tensor
-    scales: torch.Tensor
-    maps: torch.Tensor
-    new_v: torch.Tensor
-    link_v: torch.Tensor
-    link_s: torch.Tensor
+    gates: torch.Tensor | None
+    inverse: torch.Tensor | None
+    states: torch.Tensor | None
+    scales: torch.Tensor | None
+    maps: torch.Tensor | None
+    new_v: torch.Tensor | None
+    link_v: torch.Tensor | None
+    link_s: torch.Tensor | None
 
     @property
     def saved(self):
@@ -103,6 +104,19 @@ def _members_join_the_batch(op):
     return rule
 
 
+def _without_none(launch):
+    """`launch` with an empty tensor, in the dtype of its first argument that is one, for every None among its results."""
+
+    def full(*args):
+        results = launch(*args)
+        if not isinstance(results, tuple):
+            return results
+        like = next(x for x in args if x is not None)
+        return tuple(like.new_empty(0) if x is None else x for x in results)
+
+    return full
+
+
 def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Callable, backward: Callable) -> Callable:
     """Define an operator and return the function that calls it with gradients.
 
@@ -112,7 +126,7 @@ def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Ca
     path, lib = f"{NAMESPACE}::{name}", _libraries[-1]
     library.define(path, schema, lib=lib, tags=(torch.Tag.pt2_compliant_tag,))
     # Where a graph breaks around an operator, Dynamo would trace into its launches.
-    library.impl(path, ("cpu", "cuda"), torch.compiler.disable(launch), lib=lib)
+    library.impl(path, ("cpu", "cuda"), torch.compiler.disable(_without_none(launch)), lib=lib)
     library.register_fake(path, fake, lib=lib)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     library.register_autograd(path, backward, setup_context=keep, lib=lib)
@@ -170,18 +184,12 @@ def _dense(x):
     return x if x is None else x.contiguous()
 
 
-def _or_empty(x, like):
-    return like.new_empty(0) if x is None else x
-
-
 def _or_none(x):
     return None if x is None or x.numel() == 0 else x.contiguous()
 
 
-def _links(k, v, N, wanted):
+def _links(k, v, N):
     """link_v and link_s. Two tensors of one element each, because results of an operator may not share storage."""
-    if not wanted:
-        return k.new_empty(0, dtype=torch.float32), k.new_empty(0, dtype=torch.float32)
     B, T, H, K = k.shape
     V = v.shape[-1]
     zero = functools.partial(k.new_zeros, (), dtype=torch.float32)
@@ -203,8 +211,7 @@ def _plan(k, V):
 def _write_backward(q, k, v, beta, g, S0, *rest):
     *saved_and_grads, scale, raw, norm_q, norm_k = rest
     tensors = map(_or_none, (q, k, v, beta, g, S0, *saved_and_grads))
-    results = _kernels().write_backward(*tensors, scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k)
-    return tuple(_or_empty(x, k) for x in results)
+    return _kernels().write_backward(*tensors, scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k)
 
 
 def _write_backward_fake(q, k, v, beta, g, S0, *rest):
@@ -227,9 +234,8 @@ _write_backward_call = _operator(
 def _write(q, k, v, beta, g, S0, scale, raw, norm_q, norm_k, saves, readable):
     options = dict(scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k, saves=saves, readable=readable)
     written = _kernels().write(*map(_dense, (q, k, v, beta, g, S0)), **options)
-    chunks = written.states.shape[1] if saves else 0
-    results = (getattr(written, name) for name in Write._fields[:-2])
-    return *(_or_empty(x, k) for x in results), *_links(k, v, chunks, saves and readable)
+    links = _links(k, v, written.states.shape[1]) if saves and readable else (None, None)
+    return *(getattr(written, name) for name in Write._fields[:-2]), *links
 
 
 def _write_fake(q, k, v, beta, g, S0, scale, raw, norm_q, norm_k, saves, readable):
@@ -250,7 +256,7 @@ def _write_fake(q, k, v, beta, g, S0, scale, raw, norm_q, norm_k, saves, readabl
         new(keeps, full, B, H),
         new(saves and p.NB > 1, half, B, p.NB, H, K, K),
         new(readable, half, B, T, H, V),
-        *_links(k, v, N, saves and readable),
+        *(_links(k, v, N) if saves and readable else (k.new_empty(0), k.new_empty(0))),
     )
 
 
@@ -258,8 +264,8 @@ def _keep_write(ctx, inputs, output):
     *tensors, scale, raw, norm_q, norm_k, saves, _ = inputs
     written = Write(*output)
     ctx.set_materialize_grads(False)
-    no_gradient = (*written.saved, written.new_v, *(x for x in (written.out, *written.links) if x.dim() == 1))
-    ctx.mark_non_differentiable(*no_gradient)
+    absent = [x for x in (written.out, *written.links) if x is not None and x.dim() == 1]
+    ctx.mark_non_differentiable(*(x for x in (*written.saved, written.new_v, *absent) if x is not None))
     ctx.save_for_backward(*tensors, *written.saved)
     ctx.options, ctx.saves = (scale, raw, norm_q, norm_k), saves
 
@@ -357,8 +363,8 @@ def _read_gradients(ctx, d_out):
 
 _read_call = _operator(
     "delta_read",
-    "(Tensor q, Tensor k, Tensor g, Tensor gates, Tensor states, Tensor scales, Tensor new_v, Tensor link_v, Tensor link_s, "
-    "float scale, bool norm_q, bool norm_k) -> Tensor",
+    "(Tensor q, Tensor k, Tensor g, Tensor gates, Tensor states, Tensor scales, Tensor new_v, Tensor? link_v, "
+    "Tensor? link_s, float scale, bool norm_q, bool norm_k) -> Tensor",
     _read,
     _read_fake,
     _keep_read,
