@@ -223,16 +223,19 @@ class _Launches:
     def __call__(self, function, programs, *args, options, **constants):
         at, self.count = self.count, self.count + 1
         if self.compiled is not None and not _watched():
-            of, run, kernel, metadata, values = self.compiled.get(at, (None,) * 5)
+            of, run, kernel, metadata, tensors, values = self.compiled.get(at, (None,) * 6)
             if of is function:  # another one where a notebook has reloaded an edited module
                 # Addresses instead of tensors: Triton would ask the driver about each.
-                args = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
+                args = list(args)
+                for n in tensors:
+                    args[n] = args[n].data_ptr()
                 run(programs, 1, 1, self.stream, kernel, metadata, None, None, None, *args, *values)
                 return
         kernel = function[(programs,)](*args, **constants, **options)
         if self.compiled is not None:
             values = [constants[name] for name in function.arg_names[len(args) :]]
-            self.compiled[at] = function, kernel.run, kernel.function, kernel.packed_metadata, values
+            tensors = [n for n, x in enumerate(args) if isinstance(x, torch.Tensor)]
+            self.compiled[at] = function, kernel.run, kernel.function, kernel.packed_metadata, tensors, values
 
 
 # ------------------------------------------------------------------------------------------------ launchers
