@@ -254,9 +254,8 @@ def gradients(
             d_strength = _value_gradients(
                 dv + first * V, gR, values, strength * (1.0 / fd), i, out_cols, H * V, left, V
             )
-            tl.store(
-                vectors + C, d_strength
-            )  # at once: ptxas would put the sums off and keep two tiles in registers for them
+            # At once: ptxas would put the sums off and keep two tiles in registers for them.
+            tl.store(vectors + C, d_strength)
         S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
         dS16 = pieces.load_rows(d_ends + here * K * V, cols, out_cols, V, K, V)
         if not TRACE:
