@@ -73,10 +73,10 @@ def kernel_work(shape: bench_measure.Shape, plan, *, dtype: str = "bf16") -> dic
         "walk_back": Work(
             (chunks + summed_back) * (3 * ckv + ccv),
             (chunks + summed_back) * (2 * k + v + X + v16 + 3 * gate)
-            + (blocks + heads * (NB - 1)) * S
+            + (blocks + heads * (NB - 1)) * (NB > 1) * S
             + chunks * (S16 + v16),
         ),
-        "gradients": Work(
+        "gradients" if plan.BK <= 64 else "gradients_wide": Work(
             chunks * (3 * ckv + 3 * ccv + 2 * cck + trace),
             chunks * (2 * k + 2 * v + X + 2 * S16 + v16 + k16 + 14 * gate),
         ),

@@ -53,14 +53,18 @@ import kernels_pieces
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched: warps, and stages of the software pipeline of its loop."""
+    """How one kernel is launched: warps, stages of its loop's software pipeline, registers of a thread at most (0: no limit)."""
 
     warps: int
     stages: int = 1
+    registers: int = 0
 
     def options(self):
         """As a launch takes them. Stages are an argument of the kernels' loops."""
-        return dict(num_warps=self.warps)
+        options = dict(num_warps=self.warps)
+        if self.registers:
+            options["maxnreg"] = self.registers
+        return options
 
 
 class Plan(NamedTuple):
@@ -81,6 +85,7 @@ class Plan(NamedTuple):
     summarise: Launch
     scan: Launch
     walk: Launch
+    read: Launch
     walk_back: Launch
     read_gradients: Launch
     gradients: Launch
@@ -118,12 +123,15 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     if BK > 128 and (small or generation >= 10):  # sums live in tensor memory on sm_100, of 512 columns
         BV = min(BV, 16 if small and full else 32)
         C = min(C, 16) if small else C
+    if BK > 128 and full and shared < 200 << 10:  # six tiles of keys and queries in `read_back`
+        C = min(C, 16)
     N = -(-T // C)
     # About as many blocks as chunks in a block; one block where the chain over blocks, which holds a whole map, would not fit.
     chain = (BK + 64) * BK * (8 if full else 2)
     R = N if N <= 8 or chain > shared else 1 << ((N - 1).bit_length() + 1) // 2
-    walking = Launch(8 if wide else 4, 1 if wide or small else 2)
+    walking = Launch(8 if wide else 4, 1 if wide or small else 3)
     single = walking._replace(stages=1)
+    lean = generation == 9 and BK <= 128 and not full  # 168 registers: three programs a multiprocessor instead of two
     broad = BV if full or small else max(LEAST, min(128, _power_of_two(V)))
     return Plan(
         C=C,
@@ -140,11 +148,14 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
         intra=Launch(1),  # all of it in the registers of one warp
         summarise=walking,
         scan=single if BK <= 64 else single._replace(warps=8),
-        walk=walking._replace(stages=walking.stages + (walking.stages > 1)),
-        walk_back=walking,
+        walk=walking,
+        read=single._replace(registers=168) if lean else single,
+        walk_back=walking if BK <= 64 else walking._replace(stages=min(walking.stages, 2)),
         read_gradients=single,
-        gradients=single,
-        read_back=single,
+        gradients=single._replace(registers=255)
+        if full
+        else single,  # unasked, ptxas takes 32 for float32 and spills 17 KB
+        read_back=single if BK <= 64 else single._replace(warps=8),
     )
 
 
@@ -305,8 +316,8 @@ def write(
         KB = -(-K // BV)
         run(
             kernels_forward.summarise, B * H * NB * (VB + KB),
-            k, v, gates, inverse, sizes, maps, entries, wholes, T, H, N, p.R, NB, K, V,
-            BV=BV, VB=VB, KB=KB, STAGES=p.summarise.stages, **tiles, options=p.summarise.options(),
+            k, v, gates, inverse, sizes, maps, entries, wholes, T, N, p.R, NB,
+            H=H, K=K, V=V, BV=BV, VB=VB, KB=KB, STAGES=p.summarise.stages, **tiles, options=p.summarise.options(),
         )  # fmt: skip
         _chain(run, p, S0, maps, entries, wholes, sizes, None, reverse=False)
     state = new((B, H, K, V), dtype=torch.float32)
@@ -320,8 +331,8 @@ def write(
         kernels_forward.walk, B * H * NB * VB,
         q if fused else k, k, v, gates, inverse, sizes, entries if entries is not None else k,
         out if fused else k, state, states if stores else k, scales if stores else k, new_v if stores_v else k,
-        scale, T, H, N, p.R, NB, K, V,
-        BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=fused, SAVE=stores, KEEP=stores_v,
+        scale, T, N, p.R, NB,
+        H=H, K=K, V=V, BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=fused, SAVE=stores, KEEP=stores_v,
         NORM_Q=norm_q, NORM_K=norm_k, **tiles, options=p.walk.options(),
     )  # fmt: skip
     if reads and not fused:
@@ -410,9 +421,10 @@ def write_backward(
     reads, later = q is not None and d_out is not None, d_new_v is not None
     dq = torch.empty_like(q) if reads else None
     dk, dv, d_beta, dg = (torch.empty_like(x) for x in (k, v, beta, g))
-    exits = new((B, NB, H, K, V), dtype=torch.float32)
-    dS0 = new((B, H, K, V), dtype=torch.float32) if S0 is not None or NB == 1 else None
-    wholes = new((B, NB, H), dtype=torch.float32) if NB > 1 else exits
+    dS0 = new((B, H, K, V), dtype=torch.float32) if S0 is not None else None
+    exits, wholes = d_state, None
+    if NB > 1:
+        exits, wholes = new((B, NB, H, K, V), dtype=torch.float32), new((B, NB, H), dtype=torch.float32)
     group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
     d_ends = new((group, N, K, V), dtype=half)
     d_scales = new((group, NB), dtype=torch.float32)
@@ -426,14 +438,19 @@ def write_backward(
     gR, dk_read = dv.view(half), dk.view(half)
     dg_read = new((B, H, N, 3, C), dtype=torch.float32)
 
+    # What later reads send back is float32 and takes shared memory that a third stage would need.
+    stages = min(p.walk_back.stages, 2) if later else p.walk_back.stages
+
     def walk(count, first_head, summary):
         run(
             kernels_backward.walk_back, count * NB * VB,
             q if reads else k, k, gates, inverse, sizes, d_out if reads else k,
-            d_new_v if later else k, d_states if later else k, exits, exits if dS0 is None else dS0, wholes, d_ends, d_scales,
+            d_new_v if later else k, d_states if later else k,
+            k if exits is None else exits, k if dS0 is None else dS0, k if wholes is None else wholes, d_ends, d_scales,
             gR, read_scales,
-            scale, first_head, T, H, N, p.R, NB, K, V,
-            BV=BV, VB=VB, SUMMARY=summary, FIRST=S0 is not None, STAGES=p.walk_back.stages, READ=reads, LATER=later,
+            scale, first_head, T, N, p.R, NB,
+            H=H, K=K, V=V, BV=BV, VB=VB, SUMMARY=summary, HAS_EXIT=exits is not None, FIRST=S0 is not None,
+            STAGES=stages, READ=reads, LATER=later,
             NORM_Q=norm_q, **tiles, options=p.walk_back.options(),
         )  # fmt: skip
 
@@ -448,21 +465,17 @@ def write_backward(
     if NB > 1:
         walk(B * H, 0, True)
         _chain(run, p, d_state, maps, exits, wholes, sizes, dS0, reverse=True)
-    elif d_state is not None:
-        exits.view_as(d_state).copy_(d_state)
-    else:
-        exits.zero_()
     for first_head in range(0, B * H, group):
         count = min(group, B * H - first_head)
         walk(count, first_head, False)
         run(
-            kernels_backward.gradients, count * N,
+            kernels_backward.gradients if BK <= 64 else kernels_backward.gradients_wide, count * N,
             k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_read, dg_read, gR, read_scales,
             dk, dv, d_beta, dg, first_head, T, H, N, p.R, NB,
             K=K, V=V, BV=p.gradient_columns, VB=-(-V // p.gradient_columns), READ=reads, RAW=raw, NORM_K=norm_k,
             **tiles, options=p.gradients.options(),
         )  # fmt: skip
-    return dq, dk, dv, d_beta, dg, dS0 if S0 is not None else None
+    return dq, dk, dv, d_beta, dg, dS0
 
 
 @_on_device
@@ -487,9 +500,9 @@ def read(
     out = q.new_empty((B, T, H, V))
     run(
         kernels_forward.read, B * H * p.N * p.VB,
-        q, k, gates, states, scales, new_v, out, scale, T, H, p.N, K, V,
-        C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
-        options=p.walk.options(),
+        q, k, gates, states, scales, new_v, out, scale, T, H, p.N,
+        K=K, V=V, C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
+        options=p.read.options(),
     )  # fmt: skip
     return out
 
@@ -520,8 +533,8 @@ def read_backward(
     d_states = k.new_empty((B, p.N, H, K, V), dtype=torch.float32)
     run(
         kernels_backward.read_back, B * H * p.N,
-        q, k, g, gates, states, scales, new_v, d_out, dq, dk, dg, d_new_v, d_states, scale, T, H, p.N, K, V,
-        C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
+        q, k, g, gates, states, scales, new_v, d_out, dq, dk, dg, d_new_v, d_states, scale, T, H, p.N,
+        K=K, V=V, C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
         options=p.read_back.options(),
     )  # fmt: skip
     return dq, dk, dg, d_new_v, d_states

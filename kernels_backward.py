@@ -25,18 +25,20 @@ SIZES = ["T", "N", "R", "NB", "first_head"]  # one compiled kernel serves all of
 def walk_back(
     q, k, gates, inverse, sizes, d_out, d_new_values, d_states, exits, starts, wholes, d_ends, d_scales, gR_out,
     read_scales,
-    scale, first_head, T, H, N, R, NB, K, V,
+    scale, first_head, T, N, R, NB,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
-    SUMMARY: tl.constexpr, FIRST: tl.constexpr, READ: tl.constexpr, LATER: tl.constexpr,
+    SUMMARY: tl.constexpr, HAS_EXIT: tl.constexpr, FIRST: tl.constexpr, READ: tl.constexpr, LATER: tl.constexpr,
     STAGES: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_Q: tl.constexpr,
 ):  # fmt: skip
     """One block, from its last chunk to its first, BV columns of it.
 
     SUMMARY: what reaches the state on entry of the block when nothing reaches that on its exit goes to `exits`.
-    Otherwise `exits` holds the gradient of the state on exit of the block. Written are gR, where `read_gradients` left P^T d_out,
-    and for each chunk the gradient of the state that it leaves, both 16 bit times `d_scales`; where there is one block, the
-    gradient of the first state goes to `starts`.
+    Otherwise `exits` holds the gradient of the state on exit of the block, if any reaches it. Written are gR, where
+    `read_gradients` left P^T d_out, and for each chunk the gradient of the state that it leaves, both 16 bit times `d_scales`;
+    where there is one block, the gradient of the first state goes to `starts`.
     """
+    AHEAD: tl.constexpr = BK <= 64  # else registers are short
     pid = tl.program_id(0).to(tl.int64)
     vb = (pid % VB).to(tl.int32)
     block, bh_ = pid // VB % NB, pid // VB // NB
@@ -47,9 +49,8 @@ def walk_back(
     out_cols = vb * BV + tl.arange(0, BV)
     entry = (b * NB + block) * H + h
     size = 0.0
-    if SUMMARY:
-        dS = tl.zeros([BK, BV], tl.float32)
-    else:  # one scale for all columns: the programs of one block all look at all of them
+    dS = tl.zeros([BK, BV], tl.float32)
+    if HAS_EXIT and not SUMMARY:  # one scale for all columns: the programs of one block all look at all of them
         for other in tl.static_range(VB):
             dS = pieces.load_rows(exits + entry * K * V, cols, other * BV + tl.arange(0, BV), V, K, V)
             size = tl.maximum(size, pieces.amax(dS))
@@ -61,45 +62,53 @@ def walk_back(
         end = tl.where(block == 0, 0, end)
     f = pieces.fit_gradients(sizes + bh * N, block * R, end, size, OP)  # what dS is multiplied by
     dS *= f
+    # k a step ahead in registers: it is needed both ways, and in float16. Triton prefetches the rest.
+    first = (b * T + (end - 1) * C) * H + h
+    left = tl.where(end > block * R, tl.minimum(T - (end - 1) * C, C), 0).to(tl.int32)
+    if AHEAD:
+        next_k = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
     for step in tl.range(block * R, end, num_stages=STAGES):
         n = end - 1 - (step - block * R)
         first = (b * T + n * C) * H + h
         left = tl.minimum(T - n * C, C).to(tl.int32)
         chunk = (b * N + n) * H + h
-        kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
-        k_t = pieces.load_columns(k + first * K, cols, i, H * K, left, K)
-        Xt = tl.load(inverse + chunk * C * C + i[:, None] + i[None, :] * C)
-        recall, to_end = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 2, i, C)
-        whole = tl.load(gates + chunk * 7 * C + C - 1)
-        if READ:
-            do = pieces.load_rows(d_out + first * V, i, out_cols, H * V, left, V)
-            q_t = pieces.load_columns(q + first * K, cols, i, H * K, left, K)
-            norm_q = pieces.inverse_norm_of_columns(q_t, NORM_Q)
-            d_new_v = pieces.load_rows(gR_out + first * V, i, out_cols, H * V, left, V)
-            change = f / tl.load(read_scales + bh * N + n)
-            from_start = pieces.vector(gates, chunk, 0, i, C) * norm_q
-        if LATER:
-            later = pieces.load_rows(d_new_values + first * V, i, out_cols, H * V, left, V).to(tl.float32)
-            later_S = pieces.load_rows(d_states + chunk * K * V, cols, out_cols, V, K, V)
+        earlier, earlier_left = first - C * H, tl.where(n > block * R, C, 0)
+        if AHEAD:
+            kt = next_k
+            k_t = tl.trans(kt)
+        else:
+            kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
         dS16 = dS.to(OP)
         if not SUMMARY:
             pieces.store_rows(d_ends + (bh_ * N + n) * K * V, dS16, cols, out_cols, V, K, V)
-        recalled = tl.dot(kt.to(OP), dS16, input_precision=PREC) * to_end[:, None]
+        # Every tile is loaded where it is needed: Triton takes it from shared memory there, and registers are short.
+        to_end = pieces.vector(gates, chunk, 2, i, C)
+        d_new_v = tl.dot(kt.to(OP), dS16, input_precision=PREC) * to_end[:, None]
+        if AHEAD:
+            next_k = pieces.load_rows(k + earlier * K, i, cols, H * K, earlier_left, K)
         if READ:
-            d_new_v = d_new_v.to(tl.float32) * change + recalled
-        else:
-            d_new_v = recalled
+            read_v = pieces.load_rows(gR_out + first * V, i, out_cols, H * V, left, V)
+            d_new_v += read_v.to(tl.float32) * (f / tl.load(read_scales + bh * N + n))
         if LATER:
-            d_new_v += later * f
+            later = pieces.load_rows(d_new_values + first * V, i, out_cols, H * V, left, V)
+            d_new_v += later.to(tl.float32) * f
+        Xt = tl.load(inverse + chunk * C * C + i[:, None] + i[None, :] * C)
         gR = tl.dot(Xt, d_new_v.to(OP), input_precision=PREC)
         if not SUMMARY:
             pieces.store_rows(gR_out + first * V, gR, i, out_cols, H * V, left, V)
+        recall = pieces.vector(gates, chunk, 1, i, C)
+        whole = tl.load(gates + chunk * 7 * C + C - 1)
+        if not AHEAD:
+            k_t = pieces.load_columns(k + first * K, cols, i, H * K, left, K)
         dS = tl.dot(k_t.to(OP), (-recall[:, None] * gR).to(OP), dS * whole, input_precision=PREC)
         if READ:
+            q_t = pieces.load_columns(q + first * K, cols, i, H * K, left, K)
+            do = pieces.load_rows(d_out + first * V, i, out_cols, H * V, left, V)
+            from_start = pieces.vector(gates, chunk, 0, i, C) * pieces.inverse_norm_of_columns(q_t, NORM_Q)
             aged = (from_start * (scale * f))[:, None] * do.to(tl.float32)
             dS = tl.dot(q_t.to(OP), aged.to(OP), dS, input_precision=PREC)
         if LATER:
-            dS += later_S * f
+            dS += pieces.load_rows(d_states + chunk * K * V, cols, out_cols, V, K, V) * f
         total *= whole
     dS *= 1.0 / f
     if SUMMARY:
@@ -107,7 +116,7 @@ def walk_back(
         if vb == 0:
             tl.store(wholes + entry, total)
     else:
-        if NB == 1:
+        if FIRST and NB == 1:
             pieces.store_rows(starts + entry * K * V, dS, cols, out_cols, V, K, V)
         if vb == 0:
             tl.store(d_scales + bh_ * NB + block, f)
@@ -135,34 +144,44 @@ def read_gradients(
     first = (b * T + n * C) * H + h
     left = tl.minimum(T - n * C, C).to(tl.int32)
     chunk = (b * N + n) * H + h
+    # All that is needed is on its way before anything waits.
     kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
-    q_t = pieces.load_columns(q + first * K, cols, i, H * K, left, K)
-    size = 0.0
-    for vb in tl.static_range(VB):
-        do = pieces.load_rows(d_out + first * V, i, vb * BV + tl.arange(0, BV), H * V, left, V)
-        if VB == 1:  # all that is needed is on its way before anything waits
-            S16 = pieces.load_rows(states + chunk * K * V, cols, tl.arange(0, BV), V, K, V)
-            values = pieces.load_rows(v + first * V, i, tl.arange(0, BV), H * V, left, V)
-        size = tl.maximum(size, pieces.amax(do) * tl.abs(scale))
-    if not NORM_Q:  # the state gets q^T d_out
-        size *= tl.maximum(pieces.amax(q_t), 1.0)
-    f, fd = tl.load(scales + bh), pieces.tight(size, OP)
-    tl.store(d_scales_out + pid, fd)
-    tl.store(sizes + pid, tl.maximum(size, tl.load(sizes + pid)) if HAS_SIZES else size)
-    norm_q = pieces.inverse_norm_of_columns(q_t, NORM_Q)
-    # k and q as they came: products of bfloat16 are exact too, and nothing has to be converted.
-    Pt = pieces.scores_t(kt, q_t, gates, chunk, norm_q, i, C, OP, PREC, NORM_K)
-    k16 = kt.to(OP)
+    qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
+    vectors = pieces.vectors(gates, chunk, i, C)
+    values = pieces.load_rows(v + first * V, i, tl.arange(0, BV), H * V, left, V)
+    do = pieces.load_rows(d_out + first * V, i, tl.arange(0, BV), H * V, left, V)
+    tl.debug_barrier()  # scalars later, lest ptxas put them aside, which is a wait
+    f = tl.load(scales + bh)
+    if HAS_SIZES:
+        other_size = tl.load(sizes + pid)
+    S16 = pieces.load_rows(states + chunk * K * V, cols, tl.arange(0, BV), V, K, V)
     X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
-    recall, strength = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 3, i, C)
+    kt, qt = pieces.hold(kt), pieces.hold(qt)
+    k16, q16 = kt.to(OP), qt.to(OP)
+    _, recall, _, strength, coarse, rest, norm = pieces.split_vectors(pieces.hold(vectors))
+    norm_q = pieces.inverse_norm(qt, NORM_Q)
+    Pt = pieces.scores_t(k16, tl.trans(q16), coarse, rest, norm, norm_q, i, OP, PREC, NORM_K)
+    do, X = pieces.hold(do), pieces.hold(X)
+    size = pieces.amax(do)
+    for vb in tl.static_range(1, VB):
+        size = tl.maximum(
+            size, pieces.amax(pieces.load_rows(d_out + first * V, i, vb * BV + tl.arange(0, BV), H * V, left, V))
+        )
+    size *= tl.abs(scale)
+    if not NORM_Q:  # the state gets q^T d_out
+        size *= tl.maximum(pieces.amax(qt), 1.0)
+    fd = pieces.tight(size, OP)
+    tl.store(d_scales_out + pid, fd)
+    tl.store(sizes + pid, tl.maximum(size, other_size) if HAS_SIZES else size)
     dPt = tl.zeros([C, C], tl.float32)
     dq_t = tl.zeros([BK, C], tl.float32)
     for vb in tl.static_range(VB):
         out_cols = vb * BV + tl.arange(0, BV)
-        if VB > 1:
+        if vb > 0:
             do = pieces.load_rows(d_out + first * V, i, out_cols, H * V, left, V)
-            S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
             values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
+            S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
+            do = pieces.hold(do)
         do16 = (do.to(tl.float32) * (scale * fd)).to(OP)
         d_new_v = tl.dot(Pt, do16, input_precision=PREC)
         pieces.store_rows(d_new_values + first * V, d_new_v, i, out_cols, H * V, left, V)
@@ -172,23 +191,21 @@ def read_gradients(
     # In units of `both`; products with dP 16 times smaller, lest they leave the range of float16.
     both = 1.0 / (f * fd)
     tl.debug_barrier()  # keeps what comes next from being computed above, where registers are short
-    qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
-    k_t = pieces.load_columns(k + first * K, cols, i, H * K, left, K)
-    norm_q = pieces.inverse_norm(qt, NORM_Q)
-    coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
+    from_start, _, _, _, coarse, rest, norm = pieces.split_vectors(pieces.hold(vectors))
     dPt *= pieces.decays(-coarse, -rest, -coarse, -rest, i[:, None] <= i[None, :], TWO, 4)
     dPt_k, dPt_q = dPt, dPt
     if NORM_K:
-        dPt_k = dPt * pieces.vector(gates, chunk, 6, i, C)[:, None]
+        dPt_k = dPt * norm[:, None]
     if NORM_Q:
         dPt_q = dPt * norm_q[None, :]
-    share = tl.dot(dPt_q.to(OP), qt.to(OP), input_precision=PREC)
+    dq_t *= (from_start * 0.0625)[None, :]
+    dq_t = tl.dot(tl.trans(k16), dPt_k.to(OP), dq_t, input_precision=PREC)
+    # For the last sums, behind the product that they take and before the other: Triton then takes them, and dq, in this order.
+    qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
+    share = tl.dot(dPt_q.to(OP), q16, input_precision=PREC)
     pieces.store_rows(dk_out + first * K, share, i, cols, H * K, left, K)
-    dq_t *= (pieces.vector(gates, chunk, 0, i, C) * 0.0625)[None, :]
-    dq_t = tl.dot(k_t.to(OP), dPt_k.to(OP), dq_t, input_precision=PREC)
     dq_ = tl.trans(dq_t) * (16.0 * both)
-    tl.debug_barrier()
-    q32 = pieces.load_rows(q + first * K, i, cols, H * K, left, K).to(tl.float32)
+    q32 = qt.to(tl.float32)
     if NORM_Q:
         q32 *= norm_q[:, None]
     d_sum = tl.sum(q32 * dq_, 1)
@@ -217,12 +234,139 @@ def gradients(
     """Gradients of k, v, beta and g of one chunk, from the states on both its ends and gR.
 
     dv takes the place of gR, and dk that of the share that `read_gradients` found. gL is formed twice, once transposed: that
-    is cheaper than its way from one kind of operand to another through shared memory. Registers are short: the first half finds
-    what depends on new_v row by row, the second what depends on gR, tiles are loaded again where they are needed again, and
-    barriers and three vectors put aside in dg_in keep ptxas from drawing work up or putting it off.
+    is cheaper than its way from one kind of operand to another through shared memory. Keys up to 64 wide: a program waits for
+    memory once, at the start, and keeps what it needs again in registers or shared memory. Barriers keep ptxas from drawing work
+    up to where registers are short.
     """
     TWO: tl.constexpr = OP == tl.float32
-    TRACE: tl.constexpr = OP == tl.float16 and BK <= 64
+    pid = tl.program_id(0).to(tl.int64)
+    n, bh_ = pid % N, pid // N
+    bh = bh_ + first_head
+    b, h = bh // H, bh % H
+    i = tl.arange(0, C)
+    cols = tl.arange(0, BK)
+    first = (b * T + n * C) * H + h
+    left = tl.minimum(T - n * C, C).to(tl.int32)
+    chunk = (b * N + n) * H + h
+    here = bh_ * N + n
+    # All that is needed is on its way before anything waits.
+    kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
+    S16 = pieces.load_rows(states + chunk * K * V, cols, tl.arange(0, BV), V, K, V)
+    vectors = pieces.vectors(gates, chunk, i, C)
+    values = pieces.load_rows(v + first * V, i, tl.arange(0, BV), H * V, left, V)
+    gR = pieces.load_rows(gR_in + first * V, i, tl.arange(0, BV), H * V, left, V)
+    tl.debug_barrier()
+    f, fd = tl.load(scales + bh), tl.load(d_scales + bh_ * NB + n // R)
+    X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
+    kt, S16, X = pieces.hold(kt), pieces.hold(S16), pieces.hold(X)
+    dS16 = pieces.load_rows(d_ends + here * K * V, cols, tl.arange(0, BV), V, K, V)
+    k16 = kt.to(OP)
+    _, recall, _, strength, _, _, _ = pieces.split_vectors(pieces.hold(vectors))
+    # In units of `both`; products with [C, C] gradients 16 times smaller, lest they leave the range of float16.
+    both = 1.0 / (f * fd)
+    gLt = tl.zeros([C, C], tl.float32)
+    dk_end = tl.zeros([C, BK], tl.float32)
+    gL = tl.zeros([C, C], tl.float32)
+    d_whole = 0.0
+    d_strength = tl.zeros([C], tl.float32)
+    for vb in tl.static_range(VB):
+        out_cols = vb * BV + tl.arange(0, BV)
+        if vb > 0:
+            values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
+            gR = pieces.load_rows(gR_in + first * V, i, out_cols, H * V, left, V)
+            S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
+            dS16 = pieces.load_rows(d_ends + here * K * V, cols, out_cols, V, K, V)
+            S16 = pieces.hold(S16)
+        gR = pieces.hold(gR)
+        if VB == 1:
+            tl.debug_barrier()  # all of gR is read before dv is put in its place
+            d_strength = _value_gradients(
+                dv + first * V, gR, values, strength * (1.0 / fd), i, out_cols, H * V, left, V
+            )
+        new_v = pieces.new_values(k16, S16, X, values, strength * f, recall, OP, PREC)
+        dS16 = pieces.hold(dS16)
+        if OP == tl.float16:  # a product of which only the diagonal is wanted: less work than sums over float32 tiles
+            square = tl.dot(S16, tl.trans(dS16), input_precision=PREC)
+            d_whole += tl.sum(tl.where(cols[:, None] == cols[None, :], square, 0.0))
+        else:
+            d_whole += tl.sum(tl.sum(dS16.to(tl.float32) * S16.to(tl.float32), 1), 0)
+        gLt = tl.dot(new_v, tl.trans(gR), gLt, input_precision=PREC)
+        dk_end = tl.dot(new_v, tl.trans(dS16), dk_end, input_precision=PREC)
+        gL = tl.dot(gR, tl.trans(new_v), gL, input_precision=PREC)
+        if VB == 1:
+            rows = tl.dot(gR, tl.trans(S16), input_precision=PREC)
+    tl.debug_barrier()  # what comes later is on its way before the first half ends, but not before registers are free
+    if READ:
+        share = pieces.load_rows(dk_in + first * K, i, cols, H * K, left, K)
+        d_read, read_scale = tl.load(dg_in + (bh * N + n) * 3 * C + i), tl.load(read_scales + bh * N + n)
+    own = tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32)
+    whole = tl.load(gates + chunk * 7 * C + C - 1)
+    k32 = pieces.hold(kt).to(tl.float32)
+    _, _, to_end, strength, coarse, rest, norm = pieces.split_vectors(pieces.hold(vectors))
+    if NORM_K:
+        k32 *= norm[:, None]
+    to_end *= 0.0625 / norm
+    to_last = tl.sum(k32 * dk_end, 1) * (to_end * (16.0 * both))
+    dk_ = dk_end * to_end[:, None]
+    row_coarse = coarse - tl.maximum(own, -128.0) if RAW else coarse
+    # M = -gL e^(gc_i - gc_j); its sign is left to the factors of the products with it.
+    Mt = gLt * pieces.decays(-row_coarse, -rest, -coarse, -rest, i[:, None] < i[None, :], TWO, 4)
+    Mt *= (-strength * norm)[None, :]
+    dk_ = tl.dot(Mt.to(OP), k16, dk_, input_precision=PREC)
+    if READ:
+        share = pieces.hold(share)
+        dk_ += share.to(tl.float32) * (fd / read_scale)
+    d_sum = tl.sum(k32 * dk_, 1) * (-16.0 * both)  # with to_last, which is taken off again below
+    if READ:
+        d_sum += d_read
+    if VB > 1:
+        rows = tl.zeros([C, BK], tl.float32)
+        for vb in tl.static_range(VB):
+            out_cols = vb * BV + tl.arange(0, BV)
+            gR = pieces.load_rows(gR_in + first * V, i, out_cols, H * V, left, V)
+            values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
+            S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
+            tl.debug_barrier()
+            d_strength += _value_gradients(
+                dv + first * V, gR, values, strength * (1.0 / fd), i, out_cols, H * V, left, V
+            )
+            rows = tl.dot(gR, tl.trans(S16), rows, input_precision=PREC)
+    tl.debug_barrier()  # keeps what comes next from being computed above, where registers are short
+    M = gL * pieces.decays(coarse, rest, row_coarse, rest, i[:, None] > i[None, :], TWO, 4)
+    if NORM_K:
+        M *= norm[None, :]
+    rows *= (tl.exp(row_coarse + rest if TWO else row_coarse) * 0.0625)[:, None]
+    rows = tl.dot(M.to(OP), k16, rows, input_precision=PREC)
+    d_row = tl.sum(k32 * rows, 1) * (-16.0 * both)
+    d_strength = d_strength * (1.0 / fd) + d_row
+    d_row *= strength
+    d_sum += to_last + d_row
+    dk_ = (dk_ - rows * strength[:, None]) * (16.0 * both)
+    if NORM_K:
+        dk_ = (dk_ - k32 * tl.sum(k32 * dk_, 1)[:, None]) * norm[:, None]
+    pieces.store_rows(dk + first * K, dk_, i, cols, H * K, left, K)
+    tl.store(d_beta + first + i * H, d_strength.to(d_beta.dtype.element_ty), mask=i < left)
+    d_sum = tl.cumsum(d_sum, 0, reverse=True)
+    if RAW:  # row i decays up to token i - 1 only
+        d_sum -= d_row
+    d_sum += tl.cumsum(to_last, 0) - to_last + d_whole * (whole * both)
+    tl.store(dg + first + i * H, tl.where(own < -104.0, 0.0, d_sum).to(dg.dtype.element_ty), mask=i < left)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gradients_wide(
+    k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_in, dg_in, gR_in, read_scales,
+    dk, dv, d_beta, dg,
+    first_head, T, H, N, R, NB,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
+    READ: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, RAW: tl.constexpr, NORM_K: tl.constexpr,
+):  # fmt: skip
+    """`gradients` for keys wider than 64, of which registers hold less.
+
+    The first half finds what depends on new_v row by row, the second what depends on gR; tiles are loaded again where they are
+    needed again, and barriers and three vectors put aside in dg_in keep ptxas from drawing work up or putting it off.
+    """
+    TWO: tl.constexpr = OP == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     n, bh_ = pid % N, pid // N
     bh = bh_ + first_head
@@ -258,14 +402,10 @@ def gradients(
             tl.store(vectors + C, d_strength)
         S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
         dS16 = pieces.load_rows(d_ends + here * K * V, cols, out_cols, V, K, V)
-        if not TRACE:
-            d_whole += tl.sum(tl.sum(dS16.to(tl.float32) * S16.to(tl.float32), 1), 0)
+        d_whole += tl.sum(tl.sum(dS16.to(tl.float32) * S16.to(tl.float32), 1), 0)
         new_v = pieces.new_values(k16, S16, X, values, strength * f, recall, OP, PREC)
         gLt = tl.dot(new_v, tl.trans(gR), gLt, input_precision=PREC)
         dk_end = tl.dot(new_v, tl.trans(dS16), dk_end, input_precision=PREC)
-        if TRACE:  # a product of which only the diagonal is wanted: less work than sums over float32 tiles
-            square = tl.dot(S16, tl.trans(dS16), input_precision=PREC)
-            d_whole += tl.sum(tl.where(cols[:, None] == cols[None, :], square, 0.0))
         gL = tl.dot(gR, tl.trans(new_v), gL, input_precision=PREC)
     # Barriers keep what comes next from being computed above, where registers are short.
     tl.debug_barrier()
@@ -347,11 +487,14 @@ def gradients(
 @triton.jit(do_not_specialize=SIZES)
 def read_back(
     q, k, g, gates, states, scales, new_values, d_out, dq, dk, dg, d_new_values, d_states,
-    scale, T, H, N, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
+    scale, T, H, N,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
     OP: tl.constexpr, PREC: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk of a further read; d_new_values and d_states are what the write's backward takes over."""
+    """All gradients of one chunk of a further read; d_new_values and d_states are what the write's backward takes over.
+
+    Products as in `read_gradients`.
+    """
     TWO: tl.constexpr = OP == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     n, bh = pid % N, pid // N
@@ -361,47 +504,74 @@ def read_back(
     first = (b * T + n * C) * H + h
     left = tl.minimum(T - n * C, C).to(tl.int32)
     chunk = (b * N + n) * H + h
+    # All that is needed is on its way before anything waits.
     kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
     qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
-    norm = pieces.inverse_norm(kt, NORM_K)
-    norm_q = pieces.inverse_norm(qt, NORM_Q)
+    vectors = pieces.vectors(gates, chunk, i, C)
+    do = pieces.load_rows(d_out + first * V, i, tl.arange(0, BV), H * V, left, V)
+    tl.debug_barrier()  # scalars later, lest ptxas put them aside, which is a wait
+    f = tl.load(scales + bh)
+    new_v = pieces.load_rows(new_values + first * V, i, tl.arange(0, BV), H * V, left, V)
+    S16 = pieces.load_rows(states + chunk * K * V, cols, tl.arange(0, BV), V, K, V)
+    kt, qt = pieces.hold(kt), pieces.hold(qt)
     k16, q16 = kt.to(OP), qt.to(OP)
-    q_t = pieces.load_columns(q + first * K, cols, i, H * K, left, K)
-    Pt = pieces.scores_t(k16, q_t.to(OP), gates, chunk, norm_q, i, C, OP, PREC, NORM_K)
-    from_start = pieces.vector(gates, chunk, 0, i, C)
-    coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
-    dP = tl.zeros([C, C], tl.float32)
-    dq_entry = tl.zeros([C, BK], tl.float32)
-    size = 0.0
-    for vb in range(VB):
-        do = pieces.load_rows(d_out + first * V, i, vb * BV + tl.arange(0, BV), H * V, left, V)
-        size = tl.maximum(size, pieces.amax(do) * tl.abs(scale))
-    f, fd = tl.load(scales + bh), pieces.tight(size, OP)
+    from_start, _, _, _, coarse, rest, norm = pieces.split_vectors(pieces.hold(vectors))
+    norm_q = pieces.inverse_norm(qt, NORM_Q)
+    Pt = pieces.scores_t(k16, tl.trans(q16), coarse, rest, norm, norm_q, i, OP, PREC, NORM_K)
+    size = pieces.amax(do)
+    for vb in tl.static_range(1, VB):
+        size = tl.maximum(
+            size, pieces.amax(pieces.load_rows(d_out + first * V, i, vb * BV + tl.arange(0, BV), H * V, left, V))
+        )
+    fd = pieces.tight(size * tl.abs(scale), OP)
     both = 1.0 / (f * fd)
+    dPt = tl.zeros([C, C], tl.float32)
+    dq_t = tl.zeros([BK, C], tl.float32)
     for vb in tl.static_range(VB):
         out_cols = vb * BV + tl.arange(0, BV)
-        S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
-        new_v = pieces.load_rows(new_values + first * V, i, out_cols, H * V, left, V)
-        do = pieces.load_rows(d_out + first * V, i, out_cols, H * V, left, V).to(tl.float32) * (scale * fd)
-        dP = tl.dot(do.to(OP), tl.trans(new_v), dP, input_precision=PREC)
-        dq_entry = tl.dot(do.to(OP), tl.trans(S16), dq_entry, input_precision=PREC)
-        d_new_v = tl.dot(Pt, do.to(OP), input_precision=PREC) * (1.0 / fd)
+        new_v, S16 = pieces.hold(new_v), pieces.hold(S16)
+        do = do.to(tl.float32) * (scale * fd)
+        do16, aged = do.to(OP), ((from_start * norm_q)[:, None] * do).to(OP)
+        dPt = tl.dot(new_v, tl.trans(do16), dPt, input_precision=PREC)
+        dq_t = tl.dot(S16, tl.trans(do16), dq_t, input_precision=PREC)
+        if vb + 1 < VB:
+            next_cols = out_cols + BV
+            do = pieces.load_rows(d_out + first * V, i, next_cols, H * V, left, V)
+            new_v = pieces.load_rows(new_values + first * V, i, next_cols, H * V, left, V)
+            S16 = pieces.load_rows(states + chunk * K * V, cols, next_cols, V, K, V)
+        d_new_v = tl.dot(Pt, do16, input_precision=PREC) * (1.0 / fd)
         pieces.store_rows(d_new_values + first * V, d_new_v, i, out_cols, H * V, left, V)
-        aged = ((from_start * norm_q)[:, None] * do).to(OP)
         d_S = tl.dot(tl.trans(q16), aged, input_precision=PREC) * (1.0 / fd)
         pieces.store_rows(d_states + chunk * K * V, d_S, cols, out_cols, V, K, V)
-    dP *= pieces.decays(coarse, rest, coarse, rest, i[:, None] >= i[None, :], TWO) * 0.0625
-    q32, k32 = qt.to(tl.float32) * norm_q[:, None], kt.to(tl.float32) * norm[:, None]
-    dq_ = tl.dot((dP * norm[None, :]).to(OP), k16, input_precision=PREC) * 16.0
-    dq_ = (dq_ + from_start[:, None] * dq_entry) * both
-    dk_ = tl.trans(tl.dot(tl.trans(q16), (dP * norm_q[:, None]).to(OP), input_precision=PREC)) * (16.0 * both)
-    d_q, d_k = tl.sum(q32 * dq_, 1), tl.sum(k32 * dk_, 1)
+    # Products with dP 16 times smaller, lest they leave the range of float16.
+    tl.debug_barrier()  # keeps what comes next from being computed above, where registers are short
+    own = tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32)
+    from_start, _, _, _, coarse, rest, norm = pieces.split_vectors(pieces.hold(vectors))
+    dPt *= pieces.decays(-coarse, -rest, -coarse, -rest, i[:, None] <= i[None, :], TWO, 4)
+    dPt_k, dPt_q = dPt, dPt
+    if NORM_K:
+        dPt_k = dPt * norm[:, None]
     if NORM_Q:
-        dq_ = (dq_ - q32 * d_q[:, None]) * norm_q[:, None]
+        dPt_q = dPt * norm_q[None, :]
+    dq_t *= (from_start * 0.0625)[None, :]
+    dq_t = tl.dot(tl.trans(k16), dPt_k.to(OP), dq_t, input_precision=PREC)
+    # For the last sums, behind the product that they take and before the other: Triton then takes them, and dq, in this order.
+    qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
+    dk_ = tl.dot(dPt_q.to(OP), q16, input_precision=PREC) * (16.0 * both)
+    k32 = kt.to(tl.float32)
+    if NORM_K:
+        k32 *= norm[:, None]
+    d_k = tl.sum(k32 * dk_, 1)
     if NORM_K:
         dk_ = (dk_ - k32 * d_k[:, None]) * norm[:, None]
-    pieces.store_rows(dq + first * K, dq_, i, cols, H * K, left, K)
     pieces.store_rows(dk + first * K, dk_, i, cols, H * K, left, K)
-    own = tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32)
+    dq_ = tl.trans(dq_t) * (16.0 * both)
+    q32 = qt.to(tl.float32)
+    if NORM_Q:
+        q32 *= norm_q[:, None]
+    d_q = tl.sum(q32 * dq_, 1)
+    if NORM_Q:
+        dq_ = (dq_ - q32 * d_q[:, None]) * norm_q[:, None]
+    pieces.store_rows(dq + first * K, dq_, i, cols, H * K, left, K)
     d_sum = tl.cumsum(d_q - d_k, 0, reverse=True)
     tl.store(dg + first + i * H, tl.where(own < -104.0, 0.0, d_sum).to(dg.dtype.element_ty), mask=i < left)

@@ -234,7 +234,8 @@ def intra(
 @triton.jit(do_not_specialize=SIZES)
 def summarise(
     k, v, gates, inverse, sizes, maps, deltas, wholes,
-    T, H, N, R, NB, K, V,
+    T, N, R, NB,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
     KB: tl.constexpr, STAGES: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -255,22 +256,26 @@ def summarise(
     end = tl.minimum(block * R + R, N)
     # Nothing follows the last block but its map, backwards.
     end = tl.where((block == NB - 1) & (not of_map), block * R, end)
+    # k a step ahead in registers: it is needed both ways, and in float16. Triton prefetches the rest.
+    first = (b * T + block * R * C) * H + h
+    next_k = pieces.load_rows(k + first * K, i, cols, H * K, pieces.tokens_left(block * R, end, T, C), K)
     for n in tl.range(block * R, end, num_stages=STAGES):
         first = (b * T + n * C) * H + h
         left = tl.minimum(T - n * C, C).to(tl.int32)
         chunk = (b * N + n) * H + h
+        k16 = next_k.to(OP)
+        recalled = tl.dot(k16, S.to(OP), input_precision=PREC)
+        next_k = pieces.load_rows(k + (first + C * H) * K, i, cols, H * K, pieces.tokens_left(n + 1, end, T, C), K)
+        # Every tile is loaded where it is needed: Triton takes it from shared memory there, and registers are short.
         src = pieces.load_rows(tl.where(of_map, k, v) + first * width, i, out_cols, H * width, left, width)
-        kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
-        k_t = pieces.load_columns(k + first * K, cols, i, H * K, left, K)
-        X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
-        recall, to_end = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 2, i, C)
-        whole = tl.load(gates + chunk * 7 * C + C - 1)
+        recall = pieces.vector(gates, chunk, 1, i, C)
         # What M holds is what w k would have left.
         share = tl.where(of_map, recall * total, pieces.vector(gates, chunk, 3, i, C))
-        recalled = tl.dot(kt.to(OP), S.to(OP), input_precision=PREC)
         R_ = (share * f)[:, None] * src.to(tl.float32) - recall[:, None] * recalled
+        X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
         new_v = tl.dot(X, R_.to(OP), input_precision=PREC)
-        S = tl.dot(k_t.to(OP), (to_end[:, None] * new_v).to(OP), S * whole, input_precision=PREC)
+        to_end, whole = pieces.vector(gates, chunk, 2, i, C), tl.load(gates + chunk * 7 * C + C - 1)
+        S = tl.dot(tl.trans(k16), (to_end[:, None] * new_v).to(OP), S * whole, input_precision=PREC)
         total *= whole
     S *= 1.0 / f
     entry = (b * NB + block) * H + h
@@ -340,7 +345,8 @@ def scan(
 @triton.jit(do_not_specialize=SIZES)
 def walk(
     q, k, v, gates, inverse, sizes, entries, out, last, states, scales, new_values,
-    scale, T, H, N, R, NB, K, V,
+    scale, T, N, R, NB,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
     HAS_ENTRY: tl.constexpr, READ: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
     STAGES: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
@@ -360,35 +366,43 @@ def walk(
         S = tl.zeros([BK, BV], tl.float32)
     f = pieces.fit(sizes, bh, N, OP)  # what S is multiplied by
     S *= f
-    for n in tl.range(block * R, tl.minimum(block * R + R, N), num_stages=STAGES):
+    end = tl.minimum(block * R + R, N)
+    # k a step ahead in registers: it is needed both ways, and in float16. Triton prefetches the rest.
+    first = (b * T + block * R * C) * H + h
+    left = pieces.tokens_left(block * R, end, T, C)
+    next_k = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
+    for n in tl.range(block * R, end, num_stages=STAGES):
         first = (b * T + n * C) * H + h
         left = tl.minimum(T - n * C, C).to(tl.int32)
         chunk = (b * N + n) * H + h
-        values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
-        kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
-        k16 = kt.to(OP)
+        later, later_left = first + C * H, pieces.tokens_left(n + 1, end, T, C)
+        k16 = next_k.to(OP)
         k_t = tl.trans(k16)
-        X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
-        recall, to_end = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 2, i, C)
-        strength = pieces.vector(gates, chunk, 3, i, C)
-        whole = tl.load(gates + chunk * 7 * C + C - 1)
-        if READ:
-            qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
-            from_start = pieces.vector(gates, chunk, 0, i, C)
+        # Every tile is loaded where it is needed: Triton takes it from shared memory there, and registers are short.
         S16 = S.to(OP)
         if SAVE:
             pieces.store_rows(states + chunk * K * V, S16, cols, out_cols, V, K, V)
         recalled = tl.dot(k16, S16, input_precision=PREC)
+        next_k = pieces.load_rows(k + later * K, i, cols, H * K, later_left, K)
+        values = pieces.load_rows(v + first * V, i, out_cols, H * V, left, V)
+        recall, strength = pieces.vector(gates, chunk, 1, i, C), pieces.vector(gates, chunk, 3, i, C)
         R_ = (strength * f)[:, None] * values.to(tl.float32) - recall[:, None] * recalled
+        X = tl.load(inverse + chunk * C * C + i[:, None] * C + i[None, :])
         new_v = tl.dot(X, R_.to(OP), input_precision=PREC)
         new_v16 = new_v.to(OP)
         if KEEP:
             pieces.store_rows(new_values + first * V, new_v16, i, out_cols, H * V, left, V)
+        to_end, whole = pieces.vector(gates, chunk, 2, i, C), tl.load(gates + chunk * 7 * C + C - 1)
         S = tl.dot(k_t, (to_end[:, None] * new_v).to(OP), S * whole, input_precision=PREC)
         if READ:  # after S is on its way: registers would not hold both
+            qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
             norm_q = pieces.inverse_norm(qt, NORM_Q)
-            P = pieces.scores(qt.to(OP), k_t, gates, chunk, norm_q, i, C, OP, PREC, NORM_K)
-            o = tl.dot(qt.to(OP), S16, input_precision=PREC) * (from_start * norm_q)[:, None]
+            from_start = pieces.vector(gates, chunk, 0, i, C)
+            coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
+            norm = pieces.vector(gates, chunk, 6, i, C)
+            q16 = qt.to(OP)
+            P = pieces.scores(q16, k_t, coarse, rest, norm, norm_q, i, OP, PREC, NORM_K)
+            o = tl.dot(q16, S16, input_precision=PREC) * (from_start * norm_q)[:, None]
             o = tl.dot(P, new_v16, o, input_precision=PREC)
             pieces.store_rows(out + first * V, o * (scale / f), i, out_cols, H * V, left, V)
     if block == NB - 1:
@@ -400,8 +414,8 @@ def walk(
 @triton.jit(do_not_specialize=SIZES)
 def read(
     q, k, gates, states, scales, new_values, out,
-    scale, T, H, N, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
+    scale, T, H, N,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VB: tl.constexpr,
     OP: tl.constexpr, PREC: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a further read of a memory, BV columns of it."""
@@ -415,15 +429,22 @@ def read(
     first = (b * T + n * C) * H + h
     left = tl.minimum(T - n * C, C).to(tl.int32)
     chunk = (b * N + n) * H + h
+    # All that is needed is on its way before anything waits.
     qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
-    k_t = pieces.load_columns(k + first * K, cols, i, H * K, left, K)
-    norm_q = pieces.inverse_norm(qt, NORM_Q)
-    f = tl.load(scales + bh)
+    kt = pieces.load_rows(k + first * K, i, cols, H * K, left, K)
+    vectors = pieces.vectors(gates, chunk, i, C)
     S16 = pieces.load_rows(states + chunk * K * V, cols, out_cols, V, K, V)
     new_v = pieces.load_rows(new_values + first * V, i, out_cols, H * V, left, V)
-    P = pieces.scores(qt.to(OP), k_t.to(OP), gates, chunk, norm_q, i, C, OP, PREC, NORM_K)
-    o = tl.dot(qt.to(OP), S16, input_precision=PREC) * (pieces.vector(gates, chunk, 0, i, C) * norm_q)[:, None]
-    o += tl.dot(P, new_v, input_precision=PREC)
+    tl.debug_barrier()  # scalars later, lest ptxas put them aside, which is a wait
+    f = tl.load(scales + bh)
+    qt, kt = pieces.hold(qt), pieces.hold(kt)
+    from_start, _, _, _, coarse, rest, norm = pieces.split_vectors(pieces.hold(vectors))
+    norm_q = pieces.inverse_norm(qt, NORM_Q)
+    q16 = qt.to(OP)
+    P = pieces.scores(q16, tl.trans(kt.to(OP)), coarse, rest, norm, norm_q, i, OP, PREC, NORM_K)
+    S16, new_v = pieces.hold(S16), pieces.hold(new_v)
+    o = tl.dot(q16, S16, input_precision=PREC) * (from_start * norm_q)[:, None]
+    o = tl.dot(P, new_v, o, input_precision=PREC)
     pieces.store_rows(out + first * V, o * (scale / f), i, out_cols, H * V, left, V)
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 NORM_EPS = tl.constexpr(1e-6)
+
 REVISION = object()  # another one after every reload: kernels.py sees by it that kernels were built from older pieces
 
 
@@ -12,6 +13,28 @@ def load_rows(pointer, rows, cols, stride, n_rows, n_cols):
     """Tile [rows, cols] of a row-major matrix, zero beyond its n_rows and n_cols."""
     mask = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
     return tl.load(pointer + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def tokens_left(n, end, T, C: tl.constexpr):
+    """Tokens of chunk n, none from chunk `end` on: what a walk loads a step ahead of its last is masked."""
+    return tl.where(n < end, tl.minimum(T - n * C, C), 0).to(tl.int32)
+
+
+HOLDS = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter has no inline assembly
+
+
+@triton.jit
+def hold(x):
+    """x, from here on: a move that Triton takes no step of x's way past. Loads written one after another are then all issued
+    before the first of them is waited for. Without it Triton puts every tile that goes to shared memory there behind its own
+    load, waiting for each, and loads vectors again wherever they are used.
+    """
+    if HOLDS:
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)
+    else:
+        return x
 
 
 @triton.jit
@@ -143,6 +166,27 @@ def vector(gates, chunk, row: tl.constexpr, i, C: tl.constexpr):
     return tl.load(gates + (chunk * 7 + row) * C + i)
 
 
+@triton.jit
+def vectors(gates, chunk, i, C: tl.constexpr):
+    """All of them by one load, as a tile [C, 8] for `split_vectors`. One by one Triton would load them again for every use."""
+    row = tl.arange(0, 8)
+    return tl.load(gates + chunk * 7 * C + row[None, :] * C + i[:, None], mask=row[None, :] < 7, other=0.0)
+
+
+@triton.jit
+def split_vectors(tile):
+    """The rows of `vectors`, 0 to 6, each [C]."""
+    tile = tl.reshape(tile, [tile.shape[0], 2, 2, 2])
+    even, odd = tl.split(tile)
+    even_0, even_1 = tl.split(even)
+    odd_0, odd_1 = tl.split(odd)
+    a0, a4 = tl.split(even_0)
+    a2, a6 = tl.split(even_1)
+    a1, a5 = tl.split(odd_0)
+    a3, _ = tl.split(odd_1)
+    return a0, a1, a2, a3, a4, a5, a6
+
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -158,28 +202,22 @@ def decays(coarse, rest, row_coarse, row_rest, keep, TWO: tl.constexpr, SHIFT: t
 
 
 @triton.jit
-def scores(
-    q16, k_t, gates, chunk, norm_q, i, C: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_K: tl.constexpr
-):
-    """P [C, C] = tril(q k^T e^(gc_i - gc_j)) from q [C, BK] and the transposed keys [BK, C]."""
-    coarse, rest = vector(gates, chunk, 4, i, C), vector(gates, chunk, 5, i, C)
+def scores(q16, k_t, coarse, rest, norm, norm_q, i, OP: tl.constexpr, PREC: tl.constexpr, NORM_K: tl.constexpr):
+    """P [C, C] = tril(q k^T e^(gc_i - gc_j)) from q [C, BK], the transposed keys [BK, C] and rows 4 to 6 of the vectors."""
     decay = decays(coarse, rest, coarse, rest, i[:, None] >= i[None, :], OP == tl.float32)
     P = tl.dot(q16, k_t, input_precision=PREC) * decay * norm_q[:, None]
     if NORM_K:
-        P *= vector(gates, chunk, 6, i, C)[None, :]
+        P *= norm[None, :]
     return P.to(OP)
 
 
 @triton.jit
-def scores_t(
-    k16, q_t, gates, chunk, norm_q, i, C: tl.constexpr, OP: tl.constexpr, PREC: tl.constexpr, NORM_K: tl.constexpr
-):
+def scores_t(k16, q_t, coarse, rest, norm, norm_q, i, OP: tl.constexpr, PREC: tl.constexpr, NORM_K: tl.constexpr):
     """P transposed, from keys [C, BK] and the transposed queries."""
-    coarse, rest = vector(gates, chunk, 4, i, C), vector(gates, chunk, 5, i, C)
     decay = decays(-coarse, -rest, -coarse, -rest, i[:, None] <= i[None, :], OP == tl.float32)
     P = tl.dot(k16, q_t, input_precision=PREC) * decay * norm_q[None, :]
     if NORM_K:
-        P *= vector(gates, chunk, 6, i, C)[:, None]
+        P *= norm[:, None]
     return P.to(OP)
 
 
