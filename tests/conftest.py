@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_terminal_summary(terminalreporter, config):
     path = config.getoption("--record")
-    if not path:
+    if not path or hasattr(config, "workerinput"):  # pytest-xdist's workers have a part of it only
         return
     import runs
 
