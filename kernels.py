@@ -119,7 +119,7 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     full = dtype == torch.float32
     wide = BK > 128 or full  # tiles that registers hold only over twice the threads and half the tokens
     small = shared < 160 << 10
-    # Not 16 for float32: on Hopper with Triton 3.6 `read_gradients` then reads outside its shared memory.
+    # Not 16 for float32: ptxas of Triton 3.6 then loses the address of a tile in `read_gradients` on Hopper.
     C = min(32 if wide or small else 64, _power_of_two(T, 32 if full else 16))
     if BK > 128 and (small or generation >= 10):  # sums live in tensor memory on sm_100, of 512 columns
         BV = min(BV, 16 if small and full else 32)
