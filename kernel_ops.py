@@ -3,10 +3,11 @@
     delta_write(q, k, v, beta, g, initial_state, ...)                 kernels.write, write_backward
     delta_read(q, k, g, gates, states, scales, new_v, links, ...)     kernels.read, read_backward
     delta_step(q, k, v, beta, g, state, ...)                          kernels.step
+    window_attention(q, k, v, window)                                 kernels_window.forward, backward
 
-Each is an operator `torch.ops.groundthink.*` and, with gradients, the Python function `write`, `read` or `step` below, which is
-what `core` calls. An operator returns no None: what is absent is an empty tensor of shape [0]. A plain call, which goes past the
-operator, leaves it None: ten empty tensors a call take as long as two launches.
+Each is an operator `torch.ops.groundthink.*` and, with gradients, the Python function `write`, `read`, `step` or `attend`
+below, which is what `core` and, for the last, `model` call. An operator returns no None: what is absent is an empty tensor of
+shape [0]. A plain call, which goes past the operator, leaves it None: ten empty tensors a call take as long as two launches.
 
 A memory that is read several times gets gradients from each read. Autograd adds up what arrives as gradients of one tensor,
 but these are float32, and what a read takes in (new_v, states) is 16 bit. So delta_write also returns two `links`, float32 zeros
@@ -76,6 +77,14 @@ def _kernels():
             "or was imported before: put the workbook's folder first on sys.path, or uninstall that package"
         )
     return kernels
+
+
+@functools.cache
+def _window_kernels():
+    _kernels()  # says so where another package has that name
+    import kernels_window
+
+    return kernels_window
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -428,3 +437,76 @@ def step(
     No gradients: `wants_gradients` says when to take another path.
     """
     return _step_call(q, k, v, beta, g, state, scale, raw, norm_q, norm_k)
+
+
+# ------------------------------------------------------------------------------------------------ window attention
+
+WINDOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WINDOW_WIDTH = 128  # the widest head, kernels_window.WIDEST: known without importing Triton
+
+
+def _no_second_derivative_of_attention(ctx, *grads):
+    raise NotImplementedError(
+        "window attention by a kernel has no second derivative; on a CPU and in float64 it has one"
+    )
+
+
+def _attend(q, k, v, window):
+    return _window_kernels().forward(q, k, v, window)
+
+
+def _attend_fake(q, k, v, window):
+    B, T, H, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+def _attend_backward(q, k, v, out, lse, d_out, window):
+    return _window_kernels().backward(q, k, v, out, lse, d_out, window)
+
+
+def _attend_backward_fake(q, k, v, out, lse, d_out, window):
+    return tuple(q.new_empty(q.shape) for _ in range(3))
+
+
+_attend_backward_call = _operator(
+    "window_attention_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor d_out, int window) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _attend_backward,
+    _attend_backward_fake,
+    _keep_nothing,
+    _no_second_derivative_of_attention,
+)
+
+
+def _keep_attend(ctx, inputs, output):
+    q, k, v, ctx.window = inputs
+    out, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _attend_gradients(ctx, d_out, _):
+    if d_out is None:
+        return None, None, None, None
+    return *_attend_backward_call(*ctx.saved_tensors, d_out, ctx.window), None
+
+
+_attend_call = _operator(
+    "window_attention",
+    "(Tensor q, Tensor k, Tensor v, int window) -> (Tensor out, Tensor lse)",
+    _attend,
+    _attend_fake,
+    _keep_attend,
+    _attend_gradients,
+)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Softmax attention of every token to itself and the window - 1 before it, scores over sqrt(D) (Dao, FlashAttention-2, 2023).
+
+    q, k, v `[B, T, H, D]` of one dtype of WINDOW_DTYPES, D up to WINDOW_WIDTH; views are read as they lie where the last axis
+    does. Returns `[B, T, H, D]`, contiguous. Keeps q, k, v, the result and `[B, H, T]` float32 for the backward pass.
+    NotImplementedError where a second derivative is asked for.
+    """
+    return _attend_call(q, k, v, window)[0]

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -211,6 +212,8 @@ def _follow_edits():
     if _built_from is not kernels_pieces.REVISION:
         importlib.reload(kernels_forward)
         importlib.reload(kernels_backward)
+        if "kernels_window" in sys.modules:
+            importlib.reload(sys.modules["kernels_window"])
         _COMPILED.clear()
         _built_from = kernels_pieces.REVISION
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import config
 import core
+import kernel_ops
 import lean
 
 # What a shut hard decay keeps: 2^-24 is below the rounding of the fp32 state, and unlike log 0 it has a gradient.
@@ -144,14 +145,33 @@ class SwiGLU(nn.Module):
         return x + lean.product_linear(gate, up, self.down, silu=True)
 
 
+def _has_a_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether kernels_window.py runs for these queries, keys and values, [B, H, T, D]."""
+    dtype = lean.matmul_dtype(q)
+    return (
+        q.is_cuda
+        and dtype in kernel_ops.WINDOW_DTYPES
+        and q.dtype != torch.float64  # which autocast leaves alone
+        and q.dtype == k.dtype == v.dtype
+        and q.shape == k.shape == v.shape
+        and 0 < q.shape[-1] <= kernel_ops.WINDOW_WIDTH
+        and not (lean.under_transform(q) or lean.under_transform(k) or lean.under_transform(v))
+        and core._triton_problem(q.device, dtype) is None
+    )
+
+
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, past: WindowState | None) -> Tensor:
     """Causal softmax attention over the last `window` tokens, the current one included.
 
     q, k, v [B, H, T, D]; `past` holds the keys and values of up to window - 1 earlier tokens. Returns [B, H, T, D].
-    The sequence is cut into blocks of `window` tokens, each attending to itself and the block before: one SDPA call,
-    linear in T, with a backward on every device.
+    On a GPU where Triton runs, a kernel, without a second derivative. Else the sequence is cut into blocks of `window` tokens,
+    each attending to itself and the block before: one SDPA call, linear in T, with a backward on every device.
     """
     B, H, T, D = q.shape
+    if past is None and _has_a_kernel(q, k, v):
+        # Under autocast in the dtype that SDPA would take.
+        heads_last = (x.to(lean.matmul_dtype(x)).transpose(1, 2) for x in (q, k, v))
+        return kernel_ops.attend(*heads_last, window).transpose(1, 2)
     c = 0 if past is None else past.keys.shape[2]
     if past is not None and T == 1:
         k, v = (torch.cat([p.to(x.dtype), x], dim=2) for p, x in ((past.keys, k), (past.values, v)))

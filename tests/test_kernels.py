@@ -116,13 +116,13 @@ class Recorder:
         self.launches.append(Launched(self.kernel, *map(tuple, parts)))
 
 
-def kernels_by_name():
-    """Every function of the workbook that Triton compiles: {(module, name): function}."""
+def kernels_by_name(*more):
+    """Every function that Triton compiles of kernels.py, the modules that it imports and `more`: {(module, name): function}."""
     import triton
 
     import kernels
 
-    modules = [kernels, *(x for x in vars(kernels).values() if isinstance(x, types.ModuleType))]
+    modules = [kernels, *(x for x in vars(kernels).values() if isinstance(x, types.ModuleType)), *more]
     ours = [m for m in modules if m.__name__.startswith("kernels")]
     return {(m, n): x for m in ours for n, x in vars(m).items() if isinstance(x, triton.JITFunction)}
 
@@ -146,8 +146,8 @@ class OnGPU(torch.overrides.TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def recorded(arch):
-    """The launches of all kernels inside, in place of running them."""
+def recorded(arch, *more):
+    """The launches of all kernels inside, those of the modules `more` among them, in place of running them."""
     gpu = types.SimpleNamespace(
         name=f"sm_{arch}", major=arch // 10, minor=arch % 10, multi_processor_count=MULTIPROCESSORS[arch],
         shared_memory_per_block_optin=SHARED[arch] * 1024, shared_memory_per_multiprocessor=(SHARED[arch] + 1) * 1024,
@@ -157,7 +157,7 @@ def recorded(arch):
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (gpu.major, gpu.minor))
         patch.setattr(torch.cuda, "current_device", lambda: arch)
-        for (module, name), kernel in kernels_by_name().items():
+        for (module, name), kernel in kernels_by_name(*more).items():
             patch.setattr(module, name, Recorder(kernel, launches))
         yield launches
 
