@@ -22,6 +22,7 @@ Networks: Improving Mamba2 with Delta Rule" (2024).
 from __future__ import annotations
 
 import abc
+import functools
 import importlib.util
 import math
 import os
@@ -159,7 +160,7 @@ def _check_tensor(name, x, letters, shape, dtypes, device):
     """ValueError unless `x` is a tensor of `shape` (described by `letters`), one of `dtypes`, on `device`."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor {letters}, given {type(x).__name__}")
-    if x.shape != torch.Size(shape):
+    if x.shape != shape:  # a tuple or a torch.Size, which compares like one
         raise ValueError(f"{name}: expected shape {letters} = {tuple(shape)}, given {tuple(x.shape)}")
     if x.dtype not in dtypes:
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, given {x.dtype}")
@@ -192,34 +193,47 @@ def _any(condition):
 NOT_TAKEN = object()  # in place of an argument that a function does not have
 
 
+def _check_rows(name, x, letters, axes):
+    """The shape of `x`, k or v; ValueError unless it is a tensor of so many axes, none of them empty or too wide."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor {letters}, given {type(x).__name__}")
+    shape = x.shape
+    if len(shape) != axes or 0 in shape:
+        raise ValueError(f"{name}: expected shape {letters} with every size at least 1, given {tuple(shape)}")
+    if shape[-1] > MAX_WIDTH:
+        raise ValueError(f"{name}: expected a width {name.upper()} of at most {MAX_WIDTH}, given {shape[-1]}")
+    return shape
+
+
+LETTERS = {lead: tuple(f"[{lead}{width}]" for width in ("", ", K", ", V")) for lead in ("B, T, H", "B, H")}
+
+
 def _validate(
     *, k, v, beta, g, erase, q=NOT_TAKEN, state=None, state_name="initial_state", check_finite=False, lead="B, T, H"
 ):
-    """The one validator. `lead` names the axes before the width: "B, T, H", or "B, H" for one token. Raises ValueError."""
-    axes = lead.count(",") + 2
-    for name, x in (("k", k), ("v", v)):
-        letters = f"[{lead}, {name.upper()}]"
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"{name}: expected a tensor {letters}, given {type(x).__name__}")
-        if x.dim() != axes or 0 in x.shape:
-            raise ValueError(f"{name}: expected shape {letters} with every size at least 1, given {tuple(x.shape)}")
-        if x.shape[-1] > MAX_WIDTH:
-            raise ValueError(f"{name}: expected a width {name.upper()} of at most {MAX_WIDTH}, given {x.shape[-1]}")
-    if k.dtype not in DTYPES:
-        raise ValueError(f"k: expected dtype {' or '.join(map(str, DTYPES))}, given {k.dtype}")
-    B, H, K, V, tokens = k.shape[0], k.shape[-2], k.shape[-1], v.shape[-1], k.shape[:-1]
-    same, gates = (k.dtype,), tuple(dict.fromkeys((k.dtype, state_dtype(k.dtype))))
+    """The one validator. `lead` names the axes before the width: "B, T, H", or "B, H" for one token. Raises ValueError.
+
+    Every call goes through here: nothing is put together that only a message needs, and nothing asked of a tensor twice.
+    """
+    without, of_k, of_v = LETTERS[lead]
+    axes = 4 if lead == "B, T, H" else 3
+    shape, V = _check_rows("k", k, of_k, axes), _check_rows("v", v, of_v, axes)[-1]
+    dtype, device, tokens = k.dtype, k.device, shape[:-1]
+    if dtype not in DTYPES:
+        raise ValueError(f"k: expected dtype {' or '.join(map(str, DTYPES))}, given {dtype}")
+    full = state_dtype(dtype)
+    same, gates = (dtype,), (dtype,) if dtype == full else (dtype, full)
     if q is not NOT_TAKEN:
-        _check_tensor("q", q, f"[{lead}, K]", k.shape, same, k.device)
-    _check_tensor("v", v, f"[{lead}, V]", (*tokens, V), same, k.device)
-    _check_tensor("beta", beta, f"[{lead}]", tokens, gates, k.device)
-    _check_tensor("g", g, f"[{lead}]", tokens, gates, k.device)
+        _check_tensor("q", q, of_k, shape, same, device)
+    _check_tensor("v", v, of_v, (*tokens, V), same, device)
+    _check_tensor("beta", beta, without, tokens, gates, device)
+    _check_tensor("g", g, without, tokens, gates, device)
     if state is not None:
-        _check_tensor(state_name, state, "[B, H, K, V]", (B, H, K, V), (state_dtype(k.dtype),), k.device)
+        _check_tensor(state_name, state, "[B, H, K, V]", (shape[0], *shape[-2:], V), (full,), device)
     if erase not in ERASE_RULES:
         raise ValueError(f"erase = {erase!r}: choose one of {', '.join(map(repr, ERASE_RULES))}")
     # Reading a value waits for the device, so on a GPU values are checked on request only.
-    if (check_finite or g.device.type == "cpu") and _any(g.detach() > 0):
+    if (check_finite or g.is_cpu) and _any(g.detach() > 0):
         raise ValueError(f"g: expected log-decays of at most 0, given {g.max().item():g}")
     if check_finite:
         for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), (state_name, state)):
@@ -238,6 +252,11 @@ def _count_bad(bad):
 IMPLS = {"reference": _ReferenceMemory, "torch": _ChunkedMemory, "triton": _TritonMemory}
 
 
+@functools.cache
+def _properties(device):
+    return torch.cuda.get_device_properties(device)
+
+
 def _triton_problem(device, dtype):
     """Why the Triton kernels cannot run for `dtype` on `device`; None where they can."""
     if dtype == torch.float64:
@@ -250,7 +269,8 @@ def _triton_problem(device, dtype):
         interpreter = "; TRITON_INTERPRET=1, set before Python starts, runs them in Triton's interpreter, slowly"
         return f"the Triton kernels need an NVIDIA GPU{interpreter if device.type == 'cpu' else ''}"
     try:
-        gpu = torch.cuda.get_device_properties(device)
+        # Dynamo looks at no cache.
+        gpu = torch.cuda.get_device_properties(device) if torch.compiler.is_compiling() else _properties(device)
     except (RuntimeError, AssertionError) as error:
         return f"PyTorch sees no such GPU ({str(error).splitlines()[0]})"
     if torch.version.cuda is None or gpu.major < 8:
@@ -346,8 +366,9 @@ def delta_rule(
     if name == "triton":
         import kernel_ops
 
-        options = dict(scale=scale, raw=raw, norm_q=normalize_qk, norm_k=normalize_qk)
-        written = kernel_ops.write(q, k, v, beta, g, initial_state, **options)
+        written = kernel_ops.write(
+            q, k, v, beta, g, initial_state, scale=scale, raw=raw, norm_q=normalize_qk, norm_k=normalize_qk
+        )
         return DeltaOutput(written.out, written.state)
     with chunked.full_precision(k.device):
         if name == "torch" and not torch.is_grad_enabled():

@@ -40,19 +40,20 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)  # and no subclass, which may want to
 class Write(NamedTuple):
     """What delta_write returns: `out` and `state`, then what its backward and later reads need, then the links.
 
-    kernels.Written has shapes, dtypes and meanings; what is None there may be an empty tensor here.
+    kernels.Written has shapes, dtypes and meanings; what is None there may be an empty tensor here. A plain call that is not to
+    be read later returns `out` and `state` alone.
     """
 
     out: torch.Tensor | None
     state: torch.Tensor
-    gates: torch.Tensor | None
-    inverse: torch.Tensor | None
-    states: torch.Tensor | None
-    scales: torch.Tensor | None
-    maps: torch.Tensor | None
-    new_v: torch.Tensor | None
-    link_v: torch.Tensor | None
-    link_s: torch.Tensor | None
+    gates: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    maps: torch.Tensor | None = None
+    new_v: torch.Tensor | None = None
+    link_v: torch.Tensor | None = None
+    link_s: torch.Tensor | None = None
 
     @property
     def saved(self):
@@ -126,11 +127,18 @@ def _without_none(launch):
     return full
 
 
-def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Callable, backward: Callable) -> Callable:
+def _everything(inputs, output):
+    return output
+
+
+def _operator(
+    name: str, schema: str, launch: Callable, fake: Callable, keep: Callable, backward: Callable, seen=_everything
+):
     """Define an operator and return the function that calls it with gradients.
 
     `launch` runs it and `fake` describes its results; `keep(ctx, inputs, output)` and `backward(ctx, *grads)` are its gradient,
-    as library.register_autograd and torch.autograd.Function take them.
+    as library.register_autograd and torch.autograd.Function take them. `seen(inputs, output)` is what a plain call with gradients
+    returns of its results: autograd takes its time over each.
     """
     path, lib = f"{NAMESPACE}::{name}", _libraries[-1]
     library.define(path, schema, lib=lib, tags=(torch.Tag.pt2_compliant_tag,))
@@ -141,15 +149,19 @@ def _operator(name: str, schema: str, launch: Callable, fake: Callable, keep: Ca
     library.register_autograd(path, backward, setup_context=keep, lib=lib)
     library.register_vmap(path, _members_join_the_batch(op), lib=lib)
 
-    def function(forward):
-        methods = dict(forward=forward, setup_context=keep, backward=backward)
-        members = {n: staticmethod(method) for n, method in methods.items()}
+    def function(forward, **more):
+        members = {n: staticmethod(method) for n, method in dict(forward=forward, backward=backward, **more).items()}
         return type(f"_{name}", (torch.autograd.Function,), members | dict(generate_vmap_rule=True))
+
+    def run(ctx, *inputs):
+        output = launch(*inputs)
+        keep(ctx, inputs, output)
+        return seen(inputs, output)
 
     # Transforms see the operator. A plain call goes past it, and past Function.apply's look at its signature: what
     # Function.apply ends in where no transform is active. Together these cost more than the launches of a small memory.
-    transformed = function(lambda *args: op(*args)).apply
-    plain = super(torch.autograd.Function, function(launch)).apply
+    transformed = function(lambda *args: op(*args), setup_context=keep).apply
+    plain = super(torch.autograd.Function, function(run)).apply
 
     def call(*args):
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(args[1]) not in PLAIN:
@@ -193,10 +205,6 @@ def _dense(x):
     return x if x is None else x.contiguous()
 
 
-def _or_none(x):
-    return None if x is None or x.numel() == 0 else x.contiguous()
-
-
 def _links(k, v, N):
     """link_v and link_s. Two tensors of one element each, because results of an operator may not share storage."""
     B, T, H, K = k.shape
@@ -219,7 +227,8 @@ def _plan(k, V):
 
 def _write_backward(q, k, v, beta, g, S0, *rest):
     *saved_and_grads, scale, raw, norm_q, norm_k = rest
-    tensors = map(_or_none, (q, k, v, beta, g, S0, *saved_and_grads))
+    tensors = (q, k, v, beta, g, S0, *saved_and_grads)
+    tensors = [None if x is None or x.numel() == 0 else x.contiguous() for x in tensors]
     return _kernels().write_backward(*tensors, scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k)
 
 
@@ -241,10 +250,11 @@ _write_backward_call = _operator(
 
 
 def _write(q, k, v, beta, g, S0, scale, raw, norm_q, norm_k, saves, readable):
-    options = dict(scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k, saves=saves, readable=readable)
-    written = _kernels().write(*map(_dense, (q, k, v, beta, g, S0)), **options)
-    links = _links(k, v, written.states.shape[1]) if saves and readable else (None, None)
-    return *(getattr(written, name) for name in Write._fields[:-2]), *links
+    tensors = map(_dense, (q, k, v, beta, g, S0))
+    written = _kernels().write(
+        *tensors, scale=scale, raw=raw, norm_q=norm_q, norm_k=norm_k, saves=saves, readable=readable
+    )
+    return Write(*written, *_links(k, v, written.states.shape[1])) if saves and readable else Write(*written)
 
 
 def _write_fake(q, k, v, beta, g, S0, scale, raw, norm_q, norm_k, saves, readable):
@@ -274,13 +284,18 @@ def _keep_write(ctx, inputs, output):
     written = Write(*output)
     ctx.set_materialize_grads(False)
     absent = [x for x in (written.out, *written.links) if x is not None and x.dim() == 1]
-    ctx.mark_non_differentiable(*(x for x in (*written.saved, written.new_v, *absent) if x is not None))
+    ctx.mark_non_differentiable(*[x for x in (*written.saved, written.new_v, *absent) if x is not None])
     ctx.save_for_backward(*tensors, *written.saved)
     ctx.options, ctx.saves = (scale, raw, norm_q, norm_k), saves
 
 
+def _write_seen(inputs, output):
+    *_, readable = inputs
+    return output if readable else output[:2]
+
+
 def _write_gradients(ctx, d_out, d_state, *others):
-    *_, d_new_v, d_states = others
+    d_new_v, d_states = others[-2:] or (None, None)
     if not ctx.saves:
         raise RuntimeError("delta_write with saves=False keeps nothing that gradients could be computed from")
     q, *tensors = ctx.saved_tensors
@@ -298,6 +313,7 @@ _write_call = _operator(
     _write_fake,
     _keep_write,
     _write_gradients,
+    _write_seen,
 )
 
 

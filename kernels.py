@@ -37,6 +37,7 @@ widths of tiles. Algebra: Yang et al., "Gated Delta Networks" (2024); the block 
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import importlib
 import sys
@@ -91,10 +92,10 @@ class Plan(NamedTuple):
     read_gradients: Launch
     gradients: Launch
     read_back: Launch
+    code: int = 0  # a number for all that compiled kernels and their order depend on: not R and N, nor how many blocks beyond one
 
-    def code(self):
-        """What compiled kernels and their order depend on: the same for all numbers of chunks, and of blocks beyond one."""
-        return self._replace(R=0, N=0, NB=min(self.NB, 2))
+
+_CODES = {}  # {plan without sizes: its code}
 
 
 # Tiles of 32 columns make ptxas 12.8 to 12.9 (Triton 3.6) use a matrix descriptor it never set, for some kernels on Hopper. Those
@@ -135,7 +136,7 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     single = walking._replace(stages=1)
     lean = generation == 9 and BK <= 128 and not full  # 168 registers: three programs a multiprocessor instead of two
     broad = BV if full or small else max(LEAST, min(128, _power_of_two(V)))
-    return Plan(
+    p = Plan(
         C=C,
         R=R,
         N=N,
@@ -159,6 +160,7 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
         else single,  # unasked, ptxas takes 32 for float32 and spills 17 KB
         read_back=single if BK <= 64 else single._replace(warps=8),
     )
+    return p._replace(code=_CODES.setdefault(p._replace(R=0, N=0, NB=min(p.NB, 2)), len(_CODES)))
 
 
 def _setting(x):
@@ -188,10 +190,10 @@ def _on_device(launcher):
 
     @functools.wraps(launcher)
     def run(*args, **options):
-        device = args[1].device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
+        k = args[1]
+        if not k.is_cuda or k.device.index == torch.cuda.current_device():
             return launcher(*args, **options)
-        with torch.cuda.device(device):
+        with torch.cuda.device(k.device):
             return launcher(*args, **options)
 
     return run
@@ -222,35 +224,58 @@ class _Launches:
     """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
     everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
 
-    `tensors` are the arguments that a caller chose: their dtypes, device and alignment are part of the key.
+    `tensors` are the arguments that a caller chose, first one that is there: their dtypes, device and alignment are part of the
+    key. With `together`, kernels that are not known yet wait for `finish`, which compiles all of them at the same time.
     """
 
-    def __init__(self, key, tensors):
+    def __init__(self, key, tensors, *, together=False):
         _follow_edits()
-        given = [x for x in tensors if x is not None]
-        aligned = not any(x.data_ptr() % 16 for x in given)  # as Triton likes it, and torch allocates
-        known = given[0].is_cuda and aligned
-        key = (key, given[0].device, tuple(None if x is None else x.dtype for x in tensors))
-        self.compiled = _COMPILED.setdefault(key, {}) if known else None
-        self.stream = triton.runtime.driver.active.get_current_stream(given[0].device.index) if known else None
-        self.count = 0
+        k, self.count, self.compiled, self.together, self.waiting = tensors[0], 0, None, together, []
+        # Aligned as Triton likes it, and torch allocates.
+        if k.is_cuda and not _watched() and not any([x is not None and x.data_ptr() % 16 for x in tensors]):
+            device = k.device
+            key = (key, device, *[None if x is None else x.dtype for x in tensors])
+            self.compiled = _COMPILED.setdefault(key, {})
+            self.stream = triton.runtime.driver.active.get_current_stream(device.index)
 
-    def __call__(self, function, programs, *args, options, **constants):
+    def __call__(self, function, programs, tensors, numbers, constants):
+        """Launch `function` on its tensors, then numbers. `constants` returns those of the compiler and of the launch: called
+        only where the kernel may have to be compiled."""
         at, self.count = self.count, self.count + 1
-        if self.compiled is not None and not _watched():
-            of, run, kernel, metadata, tensors, values = self.compiled.get(at, (None,) * 6)
-            if of is function:  # another one where a notebook has reloaded an edited module
-                # Addresses instead of tensors: Triton would ask the driver about each.
-                args = list(args)
-                for n in tensors:
-                    args[n] = args[n].data_ptr()
-                run(programs, 1, 1, self.stream, kernel, metadata, None, None, None, *args, *values)
-                return
-        kernel = function[(programs,)](*args, **constants, **options)
         if self.compiled is not None:
-            values = [constants[name] for name in function.arg_names[len(args) :]]
-            tensors = [n for n, x in enumerate(args) if isinstance(x, torch.Tensor)]
-            self.compiled[at] = function, kernel.run, kernel.function, kernel.packed_metadata, tensors, values
+            of, run, kernel, values = self.compiled.get(at, (None,) * 4)
+            if of is function and not self.waiting:  # another one where a notebook has reloaded an edited module
+                # Addresses instead of tensors: Triton would ask the driver about each.
+                run(programs, 1, 1, self.stream, *kernel, *[x.data_ptr() for x in tensors], *numbers, *values)
+                return
+        self.waiting.append((at, function, programs, (*tensors, *numbers), constants()))
+        if self.compiled is None or not self.together:
+            self._launch_waiting()
+
+    def finish(self):
+        if len(self.waiting) > 1:
+            # Triton compiles outside of Python's lock. An error comes back from the launch below; raised in here, Triton would
+            # stay in this mode.
+            with concurrent.futures.ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+                for _, function, programs, args, options in self.waiting:
+                    function.warmup(*args, grid=(programs,), **options)
+        self._launch_waiting()
+
+    def _launch_waiting(self):
+        waiting, self.waiting = self.waiting, []
+        for at, function, programs, args, options in waiting:
+            kernel = function[(programs,)](*args, **options)
+            if self.compiled is not None:
+                values = [options[name] for name in function.arg_names[len(args) :]]
+                kernel = kernel.run, (kernel.function, kernel.packed_metadata, None, None, None)
+                self.compiled[at] = function, *kernel, values
+
+
+def _pieces(like, *sizes):
+    """Float32 tensors [size] in one allocation, which takes as long as a launch: for what kernels of one call hand each other.
+    They begin where they would alone, at multiples of 512 bytes."""
+    sizes = [-(-size // 128) * 128 for size in sizes]
+    return like.new_empty(sum(sizes), dtype=torch.float32).split_with_sizes(sizes)
 
 
 # ------------------------------------------------------------------------------------------------ launchers
@@ -302,43 +327,52 @@ def write(
     op, prec, half = _setting(k)
     new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
     tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
-    run = _Launches(("write", H, K, V, p.code(), prec, raw, norm_q, norm_k, saves, readable), (k, q, v, beta, g, S0))
+    key = ("write", H, K, V, p.code, prec, raw, norm_q, norm_k, saves, readable)
+    run = _Launches(key, (k, q, v, beta, g, S0), together=True)
     reads = q is not None
     gates = new((B, N, H, 7, C), dtype=torch.float32)
     inverse = new((B, N, H, C, C), dtype=half)
-    sizes = new((B, H, N), dtype=torch.float32)
+    many = B * NB * H if NB > 1 else 0
+    sizes, wholes, entries = _pieces(k, B * H * N, many, many * K * V)
     run(
         kernels_forward.intra, B * H * N,
-        k, v, beta, g, k if S0 is None else S0, inverse, gates, sizes, T, H, N, K, V,
-        BV=BV, VB=VB, HAS_START=S0 is not None, RAW=raw, NORM_K=norm_k, **tiles, options=p.intra.options(),
+        (k, v, beta, g, k if S0 is None else S0, inverse, gates, sizes), (T, H, N, K, V),
+        lambda: dict(BV=BV, VB=VB, HAS_START=S0 is not None, RAW=raw, NORM_K=norm_k, **tiles, **p.intra.options()),
     )  # fmt: skip
-    maps, entries = None, S0
+    maps = None
     if NB > 1:
         maps = new((B, NB, H, K, K), dtype=half)
-        entries = new((B, NB, H, K, V), dtype=torch.float32)
-        wholes = new((B, NB, H), dtype=torch.float32)
         KB = -(-K // BV)
         run(
             kernels_forward.summarise, B * H * NB * (VB + KB),
-            k, v, gates, inverse, sizes, maps, entries, wholes, T, N, p.R, NB,
-            H=H, K=K, V=V, BV=BV, VB=VB, KB=KB, STAGES=p.summarise.stages, **tiles, options=p.summarise.options(),
+            (k, v, gates, inverse, sizes, maps, entries, wholes), (T, N, p.R, NB),
+            lambda: dict(
+                H=H, K=K, V=V, BV=BV, VB=VB, KB=KB, STAGES=p.summarise.stages, **tiles, **p.summarise.options()
+            ),
         )  # fmt: skip
-        _chain(run, p, S0, maps, entries, wholes, sizes, None, reverse=False)
+        _chain(run, p, (B, H, K, V), S0, maps, entries, wholes, sizes, None, reverse=False)
+    else:
+        entries = S0
     state = new((B, H, K, V), dtype=torch.float32)
     keeps, fused = saves or readable, reads and p.reads_as_it_walks
     stores, stores_v = keeps or (reads and not fused), readable or (reads and not fused)
-    out = new((B, T, H, V), dtype=v.dtype) if fused else None
+    out = torch.empty_like(v) if fused else None
     states = new((B, N, H, K, V), dtype=half) if stores else None
     scales = new((B, H), dtype=torch.float32) if stores else None
     new_v = new((B, T, H, V), dtype=half) if stores_v else None
     run(
         kernels_forward.walk, B * H * NB * VB,
-        q if fused else k, k, v, gates, inverse, sizes, entries if entries is not None else k,
-        out if fused else k, state, states if stores else k, scales if stores else k, new_v if stores_v else k,
-        scale, T, N, p.R, NB,
-        H=H, K=K, V=V, BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=fused, SAVE=stores, KEEP=stores_v,
-        NORM_Q=norm_q, NORM_K=norm_k, **tiles, options=p.walk.options(),
+        (
+            q if fused else k, k, v, gates, inverse, sizes, k if entries is None else entries,
+            out if fused else k, state, states if stores else k, scales if stores else k, new_v if stores_v else k,
+        ),
+        (scale, T, N, p.R, NB),
+        lambda: dict(
+            H=H, K=K, V=V, BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=fused, SAVE=stores,
+            KEEP=stores_v, NORM_Q=norm_q, NORM_K=norm_k, **tiles, **p.walk.options(),
+        ),
     )  # fmt: skip
+    run.finish()
     if reads and not fused:
         out = read(q, k, gates, states, scales, new_v, scale=scale, norm_q=norm_q, norm_k=norm_k)
     return Written(
@@ -363,22 +397,25 @@ def _sizes(run, p, T, x, states, start):
     sizes = given.new_empty((B, H, p.N), dtype=torch.float32)
     run(
         kernels_forward.size, B * H * p.N,
-        given if x is None else x, given, given if x is None else states, sizes, T, H, p.N, K, V,
-        C=p.C, BV=min(128, _power_of_two(V)), HAS_X=x is not None, HAS_START=start is not None, options={"num_warps": 4},
+        (given if x is None else x, given, given if x is None else states, sizes), (T, H, p.N, K, V),
+        lambda: dict(C=p.C, BV=min(128, _power_of_two(V)), HAS_X=x is not None, HAS_START=start is not None, num_warps=4),
     )  # fmt: skip
     return sizes
 
 
-def _chain(run, p, start, maps, deltas, wholes, sizes, last, *, reverse):
-    """`scan` over the blocks of all sequences and heads, in place in `deltas`."""
-    B, NB, H, K, V = deltas.shape
+def _chain(run, p, shape, start, maps, deltas, wholes, sizes, last, *, reverse):
+    """`scan` over the blocks of all sequences and heads, in place in `deltas`. `shape`: that of a state."""
+    B, H, K, V = shape
     VB = -(-V // p.scan_columns)
     op, prec, _ = _setting(maps)
     run(
         kernels_forward.scan, B * H * VB,
-        deltas if start is None else start, maps, deltas, wholes, sizes, deltas if last is None else last, H, p.N, NB, K, V,
-        BK=p.BK, BV=p.scan_columns, VB=VB, HAS_START=start is not None, REVERSE=reverse,
-        HAS_LAST=last is not None, OP=op, PREC=prec, options=p.scan.options(),
+        (deltas if start is None else start, maps, deltas, wholes, sizes, deltas if last is None else last),
+        (H, p.N, p.NB, K, V),
+        lambda: dict(
+            BK=p.BK, BV=p.scan_columns, VB=VB, HAS_START=start is not None, REVERSE=reverse, HAS_LAST=last is not None,
+            OP=op, PREC=prec, **p.scan.options(),
+        ),
     )  # fmt: skip
 
 
@@ -419,28 +456,44 @@ def write_backward(
     new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
     tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
     run = _Launches(
-        ("write_backward", H, K, V, p.code(), prec, raw, norm_q, norm_k),
+        ("write_backward", H, K, V, p.code, prec, raw, norm_q, norm_k),
         (k, q, v, beta, g, S0, d_out, d_state, d_new_v, d_states, inverse, states),
+        together=True,
     )
     reads, later = q is not None and d_out is not None, d_new_v is not None
-    dq = torch.empty_like(q) if reads else None
-    dk, dv, d_beta, dg = (torch.empty_like(x) for x in (k, v, beta, g))
-    dS0 = new((B, H, K, V), dtype=torch.float32) if S0 is not None else None
-    exits, wholes = d_state, None
-    if NB > 1:
-        exits, wholes = new((B, NB, H, K, V), dtype=torch.float32), new((B, NB, H), dtype=torch.float32)
-    group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
-    d_ends = new((group, N, K, V), dtype=half)
-    d_scales = new((group, NB), dtype=torch.float32)
-    sizes = _sizes(run, p, T, d_new_v, d_states, d_state)
-    has_sizes = sizes is not None
-    if not has_sizes:
-        sizes = new((B, H, N), dtype=torch.float32) if reads else new((B, H, N), dtype=torch.float32).zero_()
-    read_scales = torch.empty_like(sizes) if reads else sizes
-    # dv and dk hold, in 16 bit, what one kernel hands the next, until the last writes them. dg_read: a share of dg from the first
-    # kernel, and two more vectors that the last one puts aside.
+    per_chunk, per_block = B * H * N, B * H * NB if NB > 1 else 0
+    given_sizes = _sizes(run, p, T, d_new_v, d_states, d_state)
+    has_sizes = given_sizes is not None
+    # dg_read: a share of dg from the first kernel, and two more vectors that the last one puts aside.
+    own_sizes, own_scales = 0 if has_sizes else per_chunk, per_chunk if reads else 0
+    dg_read, sizes, read_scales = _pieces(k, per_chunk * 3 * C, own_sizes, own_scales)
+    if has_sizes:
+        sizes = given_sizes
+    # dv and dk hold, in 16 bit, what one kernel hands the next, until the last writes them.
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
     gR, dk_read = dv.view(half), dk.view(half)
-    dg_read = new((B, H, N, 3, C), dtype=torch.float32)
+    dq = None
+    if reads:  # before all that this kernel does without: the GPU may be waiting
+        dq = torch.empty_like(q)
+        run(
+            kernels_backward.read_gradients, per_chunk,
+            (q, k, v, gates, inverse, states, scales, sizes, d_out, dq, dk_read, dg_read, gR, read_scales),
+            (scale, T, H, N),
+            lambda: dict(
+                K=K, V=V, BV=p.read_columns, VB=-(-V // p.read_columns), HAS_SIZES=has_sizes, NORM_Q=norm_q, NORM_K=norm_k,
+                **tiles, **p.read_gradients.options(),
+            ),
+        )  # fmt: skip
+    else:
+        read_scales = sizes if has_sizes else sizes.zero_()
+    group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
+    wholes, exits, d_scales, d_ends = _pieces(
+        k, per_block, per_block * K * V, group * NB, -(-group * N * K * V * half.itemsize // 4)
+    )
+    d_ends = d_ends.view(half)
+    exits = exits if NB > 1 else d_state
+    d_beta, dg = torch.empty_like(beta), torch.empty_like(g)
+    dS0 = new((B, H, K, V), dtype=torch.float32) if S0 is not None else None
 
     # What later reads send back is float32 and takes shared memory that a third stage would need.
     stages = min(p.walk_back.stages, 2) if later else p.walk_back.stages
@@ -448,37 +501,38 @@ def write_backward(
     def walk(count, first_head, summary):
         run(
             kernels_backward.walk_back, count * NB * VB,
-            q if reads else k, k, gates, inverse, sizes, d_out if reads else k,
-            d_new_v if later else k, d_states if later else k,
-            k if exits is None else exits, k if dS0 is None else dS0, k if wholes is None else wholes, d_ends, d_scales,
-            gR, read_scales,
-            scale, first_head, T, N, p.R, NB,
-            H=H, K=K, V=V, BV=BV, VB=VB, SUMMARY=summary, HAS_EXIT=exits is not None, FIRST=S0 is not None,
-            STAGES=stages, READ=reads, LATER=later,
-            NORM_Q=norm_q, **tiles, options=p.walk_back.options(),
+            (
+                q if reads else k, k, gates, inverse, sizes, d_out if reads else k,
+                d_new_v if later else k, d_states if later else k,
+                k if exits is None else exits, k if dS0 is None else dS0, wholes, d_ends, d_scales,
+                gR, read_scales,
+            ),
+            (scale, first_head, T, N, p.R, NB),
+            lambda: dict(
+                H=H, K=K, V=V, BV=BV, VB=VB, SUMMARY=summary, HAS_EXIT=exits is not None, FIRST=S0 is not None,
+                STAGES=stages, READ=reads, LATER=later, NORM_Q=norm_q, **tiles, **p.walk_back.options(),
+            ),
         )  # fmt: skip
 
-    if reads:
-        run(
-            kernels_backward.read_gradients, B * H * N,
-            q, k, v, gates, inverse, states, scales, sizes, d_out, dq, dk_read, dg_read, gR, read_scales,
-            scale, T, H, N,
-            K=K, V=V, BV=p.read_columns, VB=-(-V // p.read_columns), HAS_SIZES=has_sizes, NORM_Q=norm_q, NORM_K=norm_k,
-            **tiles, options=p.read_gradients.options(),
-        )  # fmt: skip
     if NB > 1:
         walk(B * H, 0, True)
-        _chain(run, p, d_state, maps, exits, wholes, sizes, dS0, reverse=True)
+        _chain(run, p, (B, H, K, V), d_state, maps, exits, wholes, sizes, dS0, reverse=True)
     for first_head in range(0, B * H, group):
         count = min(group, B * H - first_head)
         walk(count, first_head, False)
         run(
             kernels_backward.gradients if BK <= 64 else kernels_backward.gradients_wide, count * N,
-            k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_read, dg_read, gR, read_scales,
-            dk, dv, d_beta, dg, first_head, T, H, N, p.R, NB,
-            K=K, V=V, BV=p.gradient_columns, VB=-(-V // p.gradient_columns), READ=reads, RAW=raw, NORM_K=norm_k,
-            **tiles, options=p.gradients.options(),
+            (
+                k, v, g, gates, inverse, states, scales, d_ends, d_scales, dk_read, dg_read, gR, read_scales,
+                dk, dv, d_beta, dg,
+            ),
+            (first_head, T, H, N, p.R, NB),
+            lambda: dict(
+                K=K, V=V, BV=p.gradient_columns, VB=-(-V // p.gradient_columns), READ=reads, RAW=raw, NORM_K=norm_k,
+                **tiles, **p.gradients.options(),
+            ),
         )  # fmt: skip
+    run.finish()
     return dq, dk, dv, d_beta, dg, dS0
 
 
@@ -500,13 +554,14 @@ def read(
     V = new_v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
     op, prec, _ = _setting(k)
-    run = _Launches(("read", H, K, V, p.code(), prec, norm_q, norm_k), (k, q, states, new_v))
+    run = _Launches(("read", H, K, V, p.code, prec, norm_q, norm_k), (k, q, states, new_v))
     out = q.new_empty((B, T, H, V))
     run(
         kernels_forward.read, B * H * p.N * p.VB,
-        q, k, gates, states, scales, new_v, out, scale, T, H, p.N,
-        K=K, V=V, C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
-        options=p.read.options(),
+        (q, k, gates, states, scales, new_v, out), (scale, T, H, p.N),
+        lambda: dict(
+            K=K, V=V, C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k, **p.read.options()
+        ),
     )  # fmt: skip
     return out
 
@@ -531,15 +586,17 @@ def read_backward(
     V = new_v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
     op, prec, _ = _setting(k)
-    run = _Launches(("read_backward", H, K, V, p.code(), prec, norm_q, norm_k), (k, q, g, states, new_v, d_out))
+    run = _Launches(("read_backward", H, K, V, p.code, prec, norm_q, norm_k), (k, q, g, states, new_v, d_out))
     dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))
     d_new_v = k.new_empty((B, T, H, V), dtype=torch.float32)
     d_states = k.new_empty((B, p.N, H, K, V), dtype=torch.float32)
     run(
         kernels_backward.read_back, B * H * p.N,
-        q, k, g, gates, states, scales, new_v, d_out, dq, dk, dg, d_new_v, d_states, scale, T, H, p.N,
-        K=K, V=V, C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
-        options=p.read_back.options(),
+        (q, k, g, gates, states, scales, new_v, d_out, dq, dk, dg, d_new_v, d_states), (scale, T, H, p.N),
+        lambda: dict(
+            K=K, V=V, C=p.C, BK=p.BK, BV=p.BV, VB=p.VB, OP=op, PREC=prec, NORM_Q=norm_q, NORM_K=norm_k,
+            **p.read_back.options(),
+        ),
     )  # fmt: skip
     return dq, dk, dg, d_new_v, d_states
 
@@ -568,7 +625,7 @@ def step(
     out, next_state = torch.empty_like(v), torch.empty_like(state)
     run(
         kernels_forward.step, B * H * VB,
-        q, k, v, beta, g, state, out, next_state, scale, K, V,
-        BK=BK, BV=BV, VB=VB, RAW=raw, NORM_Q=norm_q, NORM_K=norm_k, options={"num_warps": 4},
+        (q, k, v, beta, g, state, out, next_state), (scale, K, V),
+        lambda: dict(BK=BK, BV=BV, VB=VB, RAW=raw, NORM_Q=norm_q, NORM_K=norm_k, num_warps=4),
     )  # fmt: skip
     return out, next_state

@@ -240,8 +240,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> t
     run = kernels._Launches(("attend", D, p, unit, prec, tuple(n >= 2**31 for n in strides)), (q, k, v))
     run(
         attend, B * H * tiles,
-        q, k, v, out, lse, *strides, T, tiles, H, window, D**-0.5 * LOG2E,
-        D=D, BD=p.BD, BT=p.BT, UNIT=unit, STAGES=p.attend.stages, PREC=prec, options=p.attend.options(),
+        (q, k, v, out, lse), (*strides, T, tiles, H, window, D**-0.5 * LOG2E),
+        lambda: dict(D=D, BD=p.BD, BT=p.BT, UNIT=unit, STAGES=p.attend.stages, PREC=prec, **p.attend.options()),
     )  # fmt: skip
     return out, lse
 
@@ -270,7 +270,7 @@ def backward(
     )
     run(
         attend_back, B * H * tiles,
-        q, k, v, out, lse, d_out, dq, dk, dv, *strides, T, tiles, H, window, D**-0.5 * LOG2E, D**-0.5,
-        D=D, BD=p.BD, BT=p.BT, UNIT=unit, STAGES=p.attend_back.stages, PREC=prec, options=p.attend_back.options(),
+        (q, k, v, out, lse, d_out, dq, dk, dv), (*strides, T, tiles, H, window, D**-0.5 * LOG2E, D**-0.5),
+        lambda: dict(D=D, BD=p.BD, BT=p.BT, UNIT=unit, STAGES=p.attend_back.stages, PREC=prec, **p.attend_back.options()),
     )  # fmt: skip
     return dq, dk, dv

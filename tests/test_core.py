@@ -665,7 +665,7 @@ def test_where_the_kernels_run(monkeypatch, has_triton, interpreted, capability,
     monkeypatch.setattr(core, "HAS_TRITON", has_triton)
     monkeypatch.setattr(core, "INTERPRETED", interpreted)
     gpu = types.SimpleNamespace(major=capability[0], minor=capability[1])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(core, "_properties", lambda device: gpu)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     auto = core.explain_impl(device=device, dtype=dtype)
     if reason is None:
