@@ -79,6 +79,7 @@ class Plan(NamedTuple):
     BK: int  # padded K
     BV: int  # columns of V per program
     VB: int  # programs over V
+    walk_columns: int  # columns of V per program of the walks
     scan_columns: int
     read_columns: int  # columns of V that `read_gradients` takes at once
     gradient_columns: int  # and `gradients`
@@ -136,6 +137,10 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     single = walking._replace(stages=1)
     lean = generation == 9 and BK <= 128 and not full  # 168 registers: three programs a multiprocessor instead of two
     broad = BV if full or small else max(LEAST, min(128, _power_of_two(V)))
+    # Sequences of one block come in large batches: fewer and wider programs then read q, k and X once. 39 + 39 us become 33 + 35
+    # (32 x 256 tokens); with several blocks nothing is gained.
+    walk_columns = broad if N <= R and lean and BK <= 64 else BV
+    walks = walking if walk_columns == BV else walking._replace(stages=2)
     p = Plan(
         C=C,
         R=R,
@@ -144,6 +149,7 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
         BK=BK,
         BV=BV,
         VB=-(-V // BV),
+        walk_columns=walk_columns,
         scan_columns=16,
         read_columns=broad if BK <= 128 else BV,
         gradient_columns=broad if BK <= 64 else BV,
@@ -151,13 +157,12 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
         intra=Launch(1),  # all of it in the registers of one warp
         summarise=walking,
         scan=single if BK <= 64 else single._replace(warps=8),
-        walk=walking,
+        walk=walks,
         read=single._replace(registers=168) if lean else single,
-        walk_back=walking if BK <= 64 else walking._replace(stages=min(walking.stages, 2)),
+        walk_back=walks if BK <= 64 else walking._replace(stages=min(walking.stages, 2)),
         read_gradients=single,
-        gradients=single._replace(registers=255)
-        if full
-        else single,  # unasked, ptxas takes 32 for float32 and spills 17 KB
+        # Unasked, ptxas takes 32 registers for float32 and spills 17 KB.
+        gradients=single._replace(registers=255) if full else single,
         read_back=single if BK <= 64 else single._replace(warps=8),
     )
     return p._replace(code=_CODES.setdefault(p._replace(R=0, N=0, NB=min(p.NB, 2)), len(_CODES)))
@@ -220,6 +225,13 @@ def _follow_edits():
         _built_from = kernels_pieces.REVISION
 
 
+def _build_launcher(kernel):
+    """What Triton 3.6 needs a C compiler for, once per kernel."""
+    kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
+    if kernel is not None:
+        kernel.run  # noqa: B018
+
+
 class _Launches:
     """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
     everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
@@ -230,12 +242,12 @@ class _Launches:
 
     def __init__(self, key, tensors, *, together=False):
         _follow_edits()
-        k, self.count, self.compiled, self.together, self.waiting = tensors[0], 0, None, together, []
+        k, self.count, self.compiled, self.together, self.waiting = tensors[0], 0, None, together, ()
         # Aligned as Triton likes it, and torch allocates.
         if k.is_cuda and not _watched() and not any([x is not None and x.data_ptr() % 16 for x in tensors]):
             device = k.device
             key = (key, device, *[None if x is None else x.dtype for x in tensors])
-            self.compiled = _COMPILED.setdefault(key, {})
+            self.compiled, self.device = _COMPILED.setdefault(key, {}), device.index
             self.stream = triton.runtime.driver.active.get_current_stream(device.index)
 
     def __call__(self, function, programs, tensors, numbers, constants):
@@ -248,21 +260,25 @@ class _Launches:
                 # Addresses instead of tensors: Triton would ask the driver about each.
                 run(programs, 1, 1, self.stream, *kernel, *[x.data_ptr() for x in tensors], *numbers, *values)
                 return
-        self.waiting.append((at, function, programs, (*tensors, *numbers), constants()))
+        self.waiting += ((at, function, programs, (*tensors, *numbers), constants()),)
         if self.compiled is None or not self.together:
             self._launch_waiting()
 
     def finish(self):
-        if len(self.waiting) > 1:
+        if not self.waiting:
+            return
+        with concurrent.futures.ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(self.device,)) as pool:
             # Triton compiles outside of Python's lock. An error comes back from the launch below; raised in here, Triton would
             # stay in this mode.
-            with concurrent.futures.ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-                for _, function, programs, args, options in self.waiting:
-                    function.warmup(*args, grid=(programs,), **options)
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
+                kernels = [
+                    f.warmup(*args, grid=(programs,), **options) for _, f, programs, args, options in self.waiting
+                ]
+            list(pool.map(_build_launcher, kernels))
         self._launch_waiting()
 
     def _launch_waiting(self):
-        waiting, self.waiting = self.waiting, []
+        waiting, self.waiting = self.waiting, ()
         for at, function, programs, args, options in waiting:
             kernel = function[(programs,)](*args, **options)
             if self.compiled is not None:
@@ -360,15 +376,16 @@ def write(
     states = new((B, N, H, K, V), dtype=half) if stores else None
     scales = new((B, H), dtype=torch.float32) if stores else None
     new_v = new((B, T, H, V), dtype=half) if stores_v else None
+    WB = -(-V // p.walk_columns)
     run(
-        kernels_forward.walk, B * H * NB * VB,
+        kernels_forward.walk, B * H * NB * WB,
         (
             q if fused else k, k, v, gates, inverse, sizes, k if entries is None else entries,
             out if fused else k, state, states if stores else k, scales if stores else k, new_v if stores_v else k,
         ),
         (scale, T, N, p.R, NB),
         lambda: dict(
-            H=H, K=K, V=V, BV=BV, VB=VB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=fused, SAVE=stores,
+            H=H, K=K, V=V, BV=p.walk_columns, VB=WB, STAGES=p.walk.stages, HAS_ENTRY=entries is not None, READ=fused, SAVE=stores,
             KEEP=stores_v, NORM_Q=norm_q, NORM_K=norm_k, **tiles, **p.walk.options(),
         ),
     )  # fmt: skip
@@ -453,7 +470,7 @@ def write_backward(
     V = v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
     op, prec, half = _setting(k)
-    new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
+    new, C, N, NB, BK, WB = k.new_empty, p.C, p.N, p.NB, p.BK, -(-V // p.walk_columns)
     tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
     run = _Launches(
         ("write_backward", H, K, V, p.code, prec, raw, norm_q, norm_k),
@@ -500,7 +517,7 @@ def write_backward(
 
     def walk(count, first_head, summary):
         run(
-            kernels_backward.walk_back, count * NB * VB,
+            kernels_backward.walk_back, count * NB * WB,
             (
                 q if reads else k, k, gates, inverse, sizes, d_out if reads else k,
                 d_new_v if later else k, d_states if later else k,
@@ -509,7 +526,7 @@ def write_backward(
             ),
             (scale, first_head, T, N, p.R, NB),
             lambda: dict(
-                H=H, K=K, V=V, BV=BV, VB=VB, SUMMARY=summary, HAS_EXIT=exits is not None, FIRST=S0 is not None,
+                H=H, K=K, V=V, BV=p.walk_columns, VB=WB, SUMMARY=summary, HAS_EXIT=exits is not None, FIRST=S0 is not None,
                 STAGES=stages, READ=reads, LATER=later, NORM_Q=norm_q, **tiles, **p.walk_back.options(),
             ),
         )  # fmt: skip

@@ -388,9 +388,8 @@ def with_tiles(plan, C, R, BV):
 
     def small(T, K, V, dtype, *rest):
         N = -(-T // C)
-        return plan(T, K, V, dtype, *rest)._replace(
-            C=C, N=N, R=min(R, N), NB=-(-N // min(R, N)), BV=BV, VB=-(-V // BV), read_columns=BV, gradient_columns=BV
-        )
+        columns = dict(BV=BV, VB=-(-V // BV), walk_columns=BV, read_columns=BV, gradient_columns=BV)
+        return plan(T, K, V, dtype, *rest)._replace(C=C, N=N, R=min(R, N), NB=-(-N // min(R, N)), **columns)
 
     return small
 
