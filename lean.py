@@ -102,18 +102,30 @@ def normed_linears(
 ) -> tuple[Tensor, ...]:
     """linear(norm(x)) for every one of `linears`, in the dtype of matrix products, then for every one of `wide`, in fp32.
 
-    x [..., d]; each result is [..., n]. Keeps x alone for the backward pass and normalises it once more there.
+    x [..., d]; each result is [..., n]. Keeps x alone for the backward pass and normalises it once more there. Those of `wide`
+    are thin: one product makes them all, so that norm(x) is read once.
     """
-    if keeps_all(x) or _watched(norm, *linears, *wide):
+    watched = _watched(norm, *linears, *wide)
+    if keeps_all(x) or watched:
         h = norm(x)
         low = tuple(linear(h) for linear in linears)
         with full_precision(x):
             h = h.to(torch.promote_types(h.dtype, torch.float32)) if wide else h
-            return *low, *(linear(h) for linear in wide)
-    dtype, every = matmul_dtype(x), (*linears, *wide)
+            if watched or len(wide) < 2:
+                return *low, *(linear(h) for linear in wide)
+            return *low, *_parts(F.linear(h, torch.cat([m.weight for m in wide])), wide)
+    dtype = matmul_dtype(x)
     with full_precision(x):
-        products = _NormedLinears.apply(x, norm.weight, norm.eps, dtype, len(linears), *(m.weight for m in every))
-        return tuple(_with_bias(y, linear) for y, linear in zip(products, every, strict=True))
+        weights = [m.weight for m in linears] + ([torch.cat([m.weight for m in wide])] if wide else [])
+        products = _NormedLinears.apply(x, norm.weight, norm.eps, dtype, len(linears), *weights)
+        low = tuple(_with_bias(y, linear) for y, linear in zip(products, linears, strict=False))
+        return *low, *(_parts(products[-1], wide) if wide else ())
+
+
+def _parts(y: Tensor, linears) -> tuple[Tensor, ...]:
+    """What each of `linears` gives, from the product of all of them."""
+    parts = y.split([linear.out_features for linear in linears], -1)
+    return tuple(_with_bias(part, linear) for part, linear in zip(parts, linears, strict=True))
 
 
 class _ProductLinear(torch.autograd.Function):

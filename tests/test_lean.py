@@ -67,6 +67,25 @@ def test_unused_results_get_no_gradient(monkeypatch):
     assert b.weight.grad is None and a.weight.grad.abs().sum() > 0 and x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("keeps", [("cpu",), ()])
+def test_wide_products_are_fp32_and_the_others_autocast(monkeypatch, keeps):
+    """The wide ones as one product, with the biases of each."""
+    monkeypatch.setattr(lean, "KEEP_ALL", keeps)
+    norm, x = nn.RMSNorm(8, eps=1e-6), torch.randn(2, 3, 8, requires_grad=True)
+    low, *wide = nn.Linear(8, 4, bias=False), nn.Linear(8, 5), nn.Linear(8, 2, bias=False), nn.Linear(8, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, *given = lean.normed_linears(x, norm, [low], wide=wide)
+    assert y.dtype == torch.bfloat16 and y.shape == (2, 3, 4)
+    for z, linear in zip(given, wide, strict=True):
+        exact = linear(norm(x))
+        torch.testing.assert_close(z, exact, rtol=1e-6, atol=1e-6)
+        for a, b in zip(
+            *(torch.autograd.grad(s.sin().sum(), (x, linear.weight), retain_graph=True) for s in (z, exact)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_hooks_see_every_module(monkeypatch):
     """Somebody who looks at a projection must not find that it was never called."""
     monkeypatch.setattr(lean, "KEEP_ALL", ())
