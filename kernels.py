@@ -99,8 +99,8 @@ class Plan(NamedTuple):
 _CODES = {}  # {plan without sizes: its code}
 
 
-# Tiles of 32 columns make ptxas 12.8 to 12.9 (Triton 3.6) use a matrix descriptor it never set, for some kernels on Hopper. Those
-# of 16 that `scan` takes never did; other GPUs, which have smaller ones, have no such descriptors or another ptxas.
+# With tiles of 32 columns ptxas 12.8 (Triton 3.6) loses addresses of operands of some kernels on Hopper: "A lost address" in
+# LOG.md. With those of 16 that `scan` takes it never did; other GPUs have no such operands, or another ptxas.
 LEAST = 16 if triton.knobs.runtime.interpret else 64
 
 
