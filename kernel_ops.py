@@ -477,7 +477,8 @@ def _attend_fake(q, k, v, window):
 
 
 def _attend_backward(q, k, v, out, lse, d_out, window):
-    return _window_kernels().backward(q, k, v, out, lse, d_out, window)
+    # One sequence for many members of a transform is a view without strides.
+    return _window_kernels().backward(q, k, v, _dense(out), _dense(lse), d_out, window)
 
 
 def _attend_backward_fake(q, k, v, out, lse, d_out, window):

@@ -38,8 +38,10 @@ widths of tiles. Algebra: Yang et al., "Gated Delta Networks" (2024); the block 
 from __future__ import annotations
 
 import concurrent.futures
+import contextvars
 import functools
 import importlib
+import itertools
 import sys
 from typing import NamedTuple
 
@@ -96,12 +98,13 @@ class Plan(NamedTuple):
     code: int = 0  # a number for all that compiled kernels and their order depend on: not R and N, nor how many blocks beyond one
 
 
-_CODES = {}  # {plan without sizes: its code}
+_CODES, _NUMBERS = {}, itertools.count()  # {plan without sizes: its code}; no two get the same, in no two threads
 
 
-# With tiles of 32 columns ptxas 12.8 (Triton 3.6) loses addresses of operands of some kernels on Hopper: "A lost address" in
-# LOG.md. With those of 16 that `scan` takes it never did; other GPUs have no such operands, or another ptxas.
-LEAST = 16 if triton.knobs.runtime.interpret else 64
+# With tiles of 32 columns ptxas 12.8 (Triton 3.6 and 3.7.1) loses addresses of operands of some kernels on Hopper: "A lost
+# address" in LOG.md. With those of 16 that `scan` takes it never did; other GPUs have no such operands, or another ptxas.
+INTERPRETED = triton.knobs.runtime.interpret
+LEAST = 16 if INTERPRETED else 64
 
 
 def _power_of_two(n, least=16):
@@ -122,7 +125,7 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     full = dtype == torch.float32
     wide = BK > 128 or full  # tiles that registers hold only over twice the threads and half the tokens
     small = shared < 160 << 10
-    # Not 16 for float32: ptxas of Triton 3.6 then loses the address of a tile in `read_gradients` on Hopper.
+    # Not 16 for float32: ptxas then loses the address of a tile in `read_gradients` on Hopper.
     C = min(32 if wide or small else 64, _power_of_two(T, 32 if full else 16))
     if BK > 128 and (small or generation >= 10):  # sums live in tensor memory on sm_100, of 512 columns
         BV = min(BV, 16 if small and full else 32)
@@ -165,7 +168,7 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
         gradients=single._replace(registers=255) if full else single,
         read_back=single if BK <= 64 else single._replace(warps=8),
     )
-    return p._replace(code=_CODES.setdefault(p._replace(R=0, N=0, NB=min(p.NB, 2)), len(_CODES)))
+    return p._replace(code=_CODES.setdefault(p._replace(R=0, N=0, NB=min(p.NB, 2)), next(_NUMBERS)))
 
 
 def _setting(x):
@@ -225,18 +228,17 @@ def _follow_edits():
         _built_from = kernels_pieces.REVISION
 
 
-def _build_launcher(kernel):
-    """What Triton 3.6 needs a C compiler for, once per kernel."""
+def _built(kernel):
+    """Whether a kernel compiled, and with its launcher, for which Triton 3.6 runs a C compiler."""
     kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
-    if kernel is not None:
-        kernel.run  # noqa: B018
+    return kernel is not None and kernel.run is not None
 
 
 class _Launches:
     """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
     everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
 
-    `tensors` are the arguments that a caller chose, first one that is there: their dtypes, device and alignment are part of the
+    `tensors` are the arguments that a caller chose, never None the first: their dtypes, device and alignment are part of the
     key. With `together`, kernels that are not known yet wait for `finish`, which compiles all of them at the same time.
     """
 
@@ -244,7 +246,12 @@ class _Launches:
         _follow_edits()
         k, self.count, self.compiled, self.together, self.waiting = tensors[0], 0, None, together, ()
         # Aligned as Triton likes it, and torch allocates.
-        if k.is_cuda and not _watched() and not any([x is not None and x.data_ptr() % 16 for x in tensors]):
+        if (
+            k.is_cuda
+            and not INTERPRETED
+            and not _watched()
+            and not any([x is not None and x.data_ptr() % 16 for x in tensors])
+        ):
             device = k.device
             key = (key, device, *[None if x is None else x.dtype for x in tensors])
             self.compiled, self.device = _COMPILED.setdefault(key, {}), device.index
@@ -265,17 +272,21 @@ class _Launches:
             self._launch_waiting()
 
     def finish(self):
-        if not self.waiting:
-            return
+        if self.waiting:
+            # In a context of its own: Triton stays in the mode of an interrupted compilation.
+            contextvars.copy_context().run(self._compile_waiting)
+            self._launch_waiting()
+
+    def _compile_waiting(self):
+        """All at the same time: Triton compiles outside of Python's lock."""
         with concurrent.futures.ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(self.device,)) as pool:
-            # Triton compiles outside of Python's lock. An error comes back from the launch below; raised in here, Triton would
-            # stay in this mode.
             with triton.AsyncCompileMode(pool, ignore_errors=True):
                 kernels = [
                     f.warmup(*args, grid=(programs,), **options) for _, f, programs, args, options in self.waiting
                 ]
-            list(pool.map(_build_launcher, kernels))
-        self._launch_waiting()
+            for (_, function, *_), built in zip(self.waiting, pool.map(_built, kernels), strict=True):
+                if not built:  # Triton would raise what went wrong for good; so the launch compiles again, and says it
+                    function.device_caches.pop(self.device, None)
 
     def _launch_waiting(self):
         waiting, self.waiting = self.waiting, ()
@@ -481,7 +492,7 @@ def write_backward(
     per_chunk, per_block = B * H * N, B * H * NB if NB > 1 else 0
     given_sizes = _sizes(run, p, T, d_new_v, d_states, d_state)
     has_sizes = given_sizes is not None
-    # dg_read: a share of dg from the first kernel, and two more vectors that the last one puts aside.
+    # dg_read: a share of dg from the first kernel, and two more vectors that `gradients_wide` puts aside.
     own_sizes, own_scales = 0 if has_sizes else per_chunk, per_chunk if reads else 0
     dg_read, sizes, read_scales = _pieces(k, per_chunk * 3 * C, own_sizes, own_scales)
     if has_sizes:

@@ -187,7 +187,7 @@ LOG2E = math.log2(math.e)
 
 
 class Plan(NamedTuple):
-    """Sizes that a width and window run with. Never a function of B or T: bits must not depend on what else there is."""
+    """Sizes that a width and window run with. Never a function of B, nor of a T beyond the window: bits must not depend on it."""
 
     BD: int  # padded D
     BT: int  # tokens of a tile
@@ -227,8 +227,16 @@ def _prepared(tensors, BT):
 
 @kernels._on_device
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, T, H, D] in the dtype of q, and lse [B, H, T] float32 for `backward`; q, k, v [B, T, H, D] of one dtype."""
+    """out [B, T, H, D] in the dtype of q, and lse [B, H, T] float32 for `backward`; q, k, v [B, T, H, D] of one dtype.
+
+    ValueError for others, a head wider than WIDEST and a window below 1.
+    """
+    if any((x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device) for x in (k, v)) or q.dim() != 4:
+        given = ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k, v: expected three tensors [B, T, H, D] of one shape, dtype and device, given {given}")
     B, T, H, D = q.shape
+    if not 1 <= D <= WIDEST or window < 1:
+        raise ValueError(f"expected a width of 1 to {WIDEST} and a window of at least 1, given {D} and {window}")
     window = min(window, T)
     p = plan(D, window, q.dtype, kernels.limits(q.device)[1])
     out = torch.empty((B, T, H, D), device=q.device, dtype=q.dtype)

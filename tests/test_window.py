@@ -118,7 +118,7 @@ def case_keys_outside_the_window_do_not_matter():
 
 def case_nothing_uninitialised_is_read():
     if CUDA:
-        return  # test_kernels.poisoned is for there
+        pytest.skip("fences are for the CPU")
     with child.Fenced() as fenced:
         x = [fenced.place(y) for y in inputs(2, 70, 2, 5)]
         results = everything(*x, 9)
@@ -194,6 +194,20 @@ def case_transforms():
     given = torch.func.vmap(torch.func.grad(scalar, (0, 1, 2)))(*stacked)
     for n, x in enumerate(members):
         same([y[n] for y in given], everything(*x, 7)[1:])
+    # One sequence, of which every member asks for another gradient.
+    q, k, v, d_out = inputs(1, 5, 1, 16)
+    rows = torch.func.jacrev(lambda q: kernel_ops.attend(q, k, v, 3))(q).flatten(0, 3)
+    for n in (0, 17, 79):
+        one = torch.zeros(80, device=q.device).index_fill(0, torch.tensor(n, device=q.device), 1.0).view(1, 5, 1, 16)
+        same([rows[n]], [everything(q, k, v, one, 3)[1]])
+
+
+def case_what_it_cannot_do_is_an_error():
+    q, k, v, _ = inputs(1, 5, 2, 16)
+    wide = q.new_ones(1, 2, 1, 129)
+    for x, window in ((q, k[:, :4], v), 3), ((q, k, v.half()), 3), ((q, k, v), 0), ((wide, wide, wide), 3):
+        with pytest.raises(ValueError, match="expected"):
+            kernel_ops.attend(*x, window)
 
 
 def case_second_derivatives_are_refused():
@@ -304,7 +318,9 @@ def test_the_model_uses_it(monkeypatch, dtype):
         assert (a.double().transpose(1, 2) - b).norm() / b.norm() < (1e-2 if dtype == torch.bfloat16 else 1e-3)
     calls.clear()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert model.window_attention(q, k, v, 20, None).dtype == torch.bfloat16 and len(calls) == 1
+        out = model.window_attention(q, k, v, 20, None)
+    assert out.dtype == torch.bfloat16 and len(calls) == 1
+    assert (out.double().transpose(1, 2) - exact[0]).norm() / exact[0].norm() < 1e-2
     calls.clear()
     model.window_attention(q, k, v, 20, model.WindowState(k[:, :, :5], v[:, :, :5]))
     model.window_attention(q.double(), k.double(), v.double(), 20, None)
@@ -319,6 +335,9 @@ def test_the_model_compiles():
     torch._dynamo.reset()
     compiled = torch.compile(model.window_attention, fullgraph=True)
     same(*(everything(*x, 20, lambda *args, f=f: f(*args, None)) for f in (compiled, model.window_attention)))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        x = [y.float() for y in x]
+        same(*([f(*x[:3], 20, None)] for f in (compiled, model.window_attention)))
 
 
 @pytest.mark.gpu
