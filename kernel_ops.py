@@ -524,6 +524,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> to
 
     q, k, v `[B, T, H, D]` of one dtype of WINDOW_DTYPES, D up to WINDOW_WIDTH; views are read as they lie where the last axis
     does. Returns `[B, T, H, D]`, contiguous. Keeps q, k, v, the result and `[B, H, T]` float32 for the backward pass.
-    NotImplementedError where a second derivative is asked for.
+    ValueError for other tensors and a window below 1; NotImplementedError where a second derivative is asked for. Like the
+    operators above, of torch's transforms it takes vmap, grad and jacrev, and no forward-mode derivatives.
     """
     return _attend_call(q, k, v, window)[0]

@@ -18,7 +18,7 @@ columns. Backwards the same maps, transposed, carry dS from block to block:
 
     read_gradients    what each chunk's own read sends back: dq, shares of dk and dg, and d_new_v = P^T d_out
     walk_back         every block from nothing, then, after `scan` reversed, again: dS at the end of every chunk, and X^T d_new_v
-    gradients         dk, dv, d_beta and dg of every chunk, all in parallel
+    gradients         dk, dv, d_beta and dg of every chunk, all in parallel; `gradients_wide` for keys wider than 64
     read, read_back   a memory that is read again, and its gradients
 
 Sequences of one block need neither summaries nor a scan. Block sizes depend on T and the widths, never on B, and nothing is

@@ -234,9 +234,9 @@ def gradients(
     """Gradients of k, v, beta and g of one chunk, from the states on both its ends and gR.
 
     dv takes the place of gR, and dk that of the share that `read_gradients` found. gL is formed twice, once transposed: that
-    is cheaper than its way from one kind of operand to another through shared memory. Keys up to 64 wide: a program waits for
-    memory once, at the start, and keeps what it needs again in registers or shared memory. Barriers keep ptxas from drawing work
-    up to where registers are short.
+    is cheaper than its way from one kind of operand to another through shared memory. Keys up to 64 wide: where
+    one tile takes all of V, a program waits for memory once, at the start, and keeps what it needs again in registers or shared
+    memory. Barriers keep ptxas from drawing work up to where registers are short.
     """
     TWO: tl.constexpr = OP == tl.float32
     pid = tl.program_id(0).to(tl.int64)

@@ -41,8 +41,7 @@ def hold(x):
 def load_columns(pointer, cols, rows, stride, n_rows, n_cols):
     """The same tile transposed, [cols, rows].
 
-    `summarise` and `walk_back` load keys both ways: Triton prefetches no load that has two different uses. `walk`, with more to
-    hold in shared memory and a deeper prefetch, is faster with one load and its transpose.
+    For what is needed one way only, or both ways in a loop: Triton prefetches no load that has two different uses.
     """
     mask = (rows[None, :] < n_rows) & (cols[:, None] < n_cols)
     return tl.load(pointer + rows[None, :] * stride + cols[:, None], mask=mask, other=0.0)

@@ -388,7 +388,8 @@ def problems_of(arch, K, V, dtype):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.cache, "dir", folder)
         try:
-            check_fits(arch, launches(arch, K, V, dtype), binary=False)
+            for T in (2048, 1) if arch == 90 else (2048,):  # binaries too, where addresses may be lost in them
+                check_fits(arch, launches(arch, K, V, dtype, T=T), binary=arch == 90)
         except AssertionError as error:
             return f"K {K}, V {V}, {dtype}: {error}"
     return ""
@@ -396,7 +397,7 @@ def problems_of(arch, K, V, dtype):
 
 @pytest.mark.gpu  # for the many cores of such a machine, and its version of Triton
 def test_fits_shared_memory_everywhere(compiler):
-    """Every kernel at every width we name on every architecture we name: minutes on sixteen cores."""
+    """Every kernel at every width we name on every architecture we name, and no address lost: minutes on sixteen cores."""
     widths = ((16, 256), (64, 128), (100, 50), (128, 128), (256, 16), (256, 256))
     jobs = itertools.product(SHARED, widths, (torch.bfloat16, torch.float32))
     jobs = [(arch, K, V, dtype) for arch, (K, V), dtype in jobs]
