@@ -343,6 +343,25 @@ def run_in_interpreter(script: str) -> list[str]:
     return child.stdout.splitlines()
 
 
+def raised_in_interpreter(script: str) -> dict[str, str]:
+    """What `print_raised` found in a Python file of tests/ that runs as a process in Triton's interpreter."""
+    if not core.HAS_TRITON:
+        pytest.skip("Triton is not installed here: it exists for Linux only")
+    return json.loads(run_in_interpreter(script)[-1])
+
+
+def print_raised(cases: dict[str, Callable[[], None]]):
+    """Run every case and print what it raised, by name; an empty string where it passed."""
+    raised = {}
+    for name, case in cases.items():
+        try:
+            case()
+            raised[name] = ""
+        except Exception:
+            raised[name] = traceback.format_exc()[-4000:]
+    print(json.dumps(raised))
+
+
 PAD = 1024  # values before and after
 
 
