@@ -82,7 +82,6 @@ def _kernels():
 
 @functools.cache
 def _window_kernels():
-    _kernels()  # says so where another package has that name
     import kernels_window
 
     return kernels_window

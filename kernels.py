@@ -37,38 +37,17 @@ widths of tiles. Algebra: Yang et al., "Gated Delta Networks" (2024); the block 
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextvars
 import functools
-import importlib
 import itertools
-import sys
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
 import kernels_backward
 import kernels_forward
-import kernels_pieces
+from kernels_launch import LEAST, Launch, Launches, limits, on_device, operands, power_of_two, scratch
 
 # ------------------------------------------------------------------------------------------------ plan
-
-
-class Launch(NamedTuple):
-    """How one kernel is launched: warps, stages of its loop's software pipeline, registers of a thread at most (0: no limit)."""
-
-    warps: int
-    stages: int = 1
-    registers: int = 0
-
-    def options(self):
-        """As a launch takes them. Stages are an argument of the kernels' loops."""
-        options = dict(num_warps=self.warps)
-        if self.registers:
-            options["maxnreg"] = self.registers
-        return options
 
 
 class Plan(NamedTuple):
@@ -101,16 +80,6 @@ class Plan(NamedTuple):
 _CODES, _NUMBERS = {}, itertools.count()  # {plan without sizes: its code}; no two get the same, in no two threads
 
 
-# With tiles of 32 columns ptxas 12.8 (Triton 3.6 and 3.7.1) loses addresses of operands of some kernels on Hopper: "A lost
-# address" in LOG.md. With those of 16 that `scan` takes it never did; other GPUs have no such operands, or another ptxas.
-INTERPRETED = triton.knobs.runtime.interpret
-LEAST = 16 if INTERPRETED else 64
-
-
-def _power_of_two(n, least=16):
-    return max(least, 1 << (n - 1).bit_length())
-
-
 @functools.lru_cache(maxsize=4096)
 def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, generation: int = 9) -> Plan:
     """Sizes and launches for sequences of T tokens, keys of width K, values of width V.
@@ -121,12 +90,12 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     `shared`: bytes of shared memory that one program may take (99 KiB on sm_86, sm_89 and sm_120; 163 KiB on sm_80; 227 KiB on
     sm_90 and sm_100). `generation`: the major compute capability.
     """
-    BK, BV = max(LEAST, _power_of_two(K)), max(LEAST, min(64, _power_of_two(V)))
+    BK, BV = max(LEAST, power_of_two(K)), max(LEAST, min(64, power_of_two(V)))
     full = dtype == torch.float32
     wide = BK > 128 or full  # tiles that registers hold only over twice the threads and half the tokens
     small = shared < 160 << 10
     # Not 16 for float32: ptxas then loses the address of a tile in `read_gradients` on Hopper.
-    C = min(32 if wide or small else 64, _power_of_two(T, 32 if full else 16))
+    C = min(32 if wide or small else 64, power_of_two(T, 32 if full else 16))
     if BK > 128 and (small or generation >= 10):  # sums live in tensor memory on sm_100, of 512 columns
         BV = min(BV, 16 if small and full else 32)
         C = min(C, 16) if small else C
@@ -139,7 +108,7 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     walking = Launch(8 if wide else 4, 1 if wide or small else 3)
     single = walking._replace(stages=1)
     lean = generation == 9 and BK <= 128 and not full  # 168 registers: three programs a multiprocessor instead of two
-    broad = BV if full or small else max(LEAST, min(128, _power_of_two(V)))
+    broad = BV if full or small else max(LEAST, min(128, power_of_two(V)))
     # Sequences of one block come in large batches: fewer and wider programs then read q, k and X once. 39 + 39 us become 33 + 35
     # (32 x 256 tokens); with several blocks nothing is gained.
     walk_columns = broad if N <= R and lean and BK <= 64 else BV
@@ -171,140 +140,6 @@ def plan(T: int, K: int, V: int, dtype: torch.dtype, shared: int = 232_448, gene
     return p._replace(code=_CODES.setdefault(p._replace(R=0, N=0, NB=min(p.NB, 2)), next(_NUMBERS)))
 
 
-def _setting(x):
-    """Operand dtype of products, their precision, and the dtype such operands are kept in."""
-    if x.dtype != torch.float32:
-        return tl.float16, "tf32", torch.float16
-    return tl.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32", torch.float32
-
-
-@functools.cache
-def limits(device: torch.device) -> tuple[int, int]:
-    """What `plan` asks of a device: bytes of shared memory that one program may take, and the major compute capability. Those of
-    an H100 for a device that is no GPU."""
-    if device.type != "cuda":
-        return 232_448, 9
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, properties.major
-
-
-# ------------------------------------------------------------------------------------------------ launching
-
-_COMPILED = {}  # {key of a call: {place in it: (function, what launches it compiled, ..., values of its constant arguments)}}
-
-
-def _on_device(launcher):
-    """Run a launcher on the device of its keys, the second argument: Triton launches on the current one."""
-
-    @functools.wraps(launcher)
-    def run(*args, **options):
-        k = args[1]
-        if not k.is_cuda or k.device.index == torch.cuda.current_device():
-            return launcher(*args, **options)
-        with torch.cuda.device(k.device):
-            return launcher(*args, **options)
-
-    return run
-
-
-def _watched():
-    """Whether a profiler of Triton's wants to hear of launches: then they go through Triton."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))  # a chain of hooks in Triton 3.5 and later
-
-
-_built_from = kernels_pieces.REVISION
-
-
-def _follow_edits():
-    """Build all kernels anew where a notebook has reloaded the pieces: Triton would not look at those again."""
-    global _built_from
-    if _built_from is not kernels_pieces.REVISION:
-        importlib.reload(kernels_forward)
-        importlib.reload(kernels_backward)
-        if "kernels_window" in sys.modules:
-            importlib.reload(sys.modules["kernels_window"])
-        _COMPILED.clear()
-        _built_from = kernels_pieces.REVISION
-
-
-def _built(kernel):
-    """Whether a kernel compiled, and with its launcher, for which Triton 3.6 runs a C compiler."""
-    kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
-    return kernel is not None and kernel.run is not None
-
-
-class _Launches:
-    """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
-    everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
-
-    `tensors` are the arguments that a caller chose, never None the first: their dtypes, device and alignment are part of the
-    key. With `together`, kernels that are not known yet wait for `finish`, which compiles all of them at the same time.
-    """
-
-    def __init__(self, key, tensors, *, together=False):
-        _follow_edits()
-        k, self.count, self.compiled, self.together, self.waiting = tensors[0], 0, None, together, ()
-        # Aligned as Triton likes it, and torch allocates.
-        if (
-            k.is_cuda
-            and not INTERPRETED
-            and not _watched()
-            and not any([x is not None and x.data_ptr() % 16 for x in tensors])
-        ):
-            device = k.device
-            key = (key, device, *[None if x is None else x.dtype for x in tensors])
-            self.compiled, self.device = _COMPILED.setdefault(key, {}), device.index
-            self.stream = triton.runtime.driver.active.get_current_stream(device.index)
-
-    def __call__(self, function, programs, tensors, numbers, constants):
-        """Launch `function` on its tensors, then numbers. `constants` returns those of the compiler and of the launch: called
-        only where the kernel may have to be compiled."""
-        at, self.count = self.count, self.count + 1
-        if self.compiled is not None:
-            of, run, kernel, values = self.compiled.get(at, (None,) * 4)
-            if of is function and not self.waiting:  # another one where a notebook has reloaded an edited module
-                # Addresses instead of tensors: Triton would ask the driver about each.
-                run(programs, 1, 1, self.stream, *kernel, *[x.data_ptr() for x in tensors], *numbers, *values)
-                return
-        self.waiting += ((at, function, programs, (*tensors, *numbers), constants()),)
-        if self.compiled is None or not self.together:
-            self._launch_waiting()
-
-    def finish(self):
-        if self.waiting:
-            # In a context of its own: Triton stays in the mode of an interrupted compilation.
-            contextvars.copy_context().run(self._compile_waiting)
-            self._launch_waiting()
-
-    def _compile_waiting(self):
-        """All at the same time: Triton compiles outside of Python's lock."""
-        with concurrent.futures.ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(self.device,)) as pool:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
-                kernels = [
-                    f.warmup(*args, grid=(programs,), **options) for _, f, programs, args, options in self.waiting
-                ]
-            for (_, function, *_), built in zip(self.waiting, pool.map(_built, kernels), strict=True):
-                if not built:  # Triton would raise what went wrong for good; so the launch compiles again, and says it
-                    function.device_caches.pop(self.device, None)
-
-    def _launch_waiting(self):
-        waiting, self.waiting = self.waiting, ()
-        for at, function, programs, args, options in waiting:
-            kernel = function[(programs,)](*args, **options)
-            if self.compiled is not None:
-                values = [options[name] for name in function.arg_names[len(args) :]]
-                kernel = kernel.run, (kernel.function, kernel.packed_metadata, None, None, None)
-                self.compiled[at] = function, *kernel, values
-
-
-def _pieces(like, *sizes):
-    """Float32 tensors [size] in one allocation, which takes as long as a launch: for what kernels of one call hand each other.
-    They begin where they would alone, at multiples of 512 bytes."""
-    sizes = [-(-size // 128) * 128 for size in sizes]
-    return like.new_empty(sum(sizes), dtype=torch.float32).split_with_sizes(sizes)
-
-
 # ------------------------------------------------------------------------------------------------ launchers
 
 
@@ -331,7 +166,7 @@ class Written(NamedTuple):
     new_v: torch.Tensor | None
 
 
-@_on_device
+@on_device
 def write(
     q: torch.Tensor | None,
     k: torch.Tensor,
@@ -351,16 +186,16 @@ def write(
     B, T, H, K = k.shape
     V = v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
-    op, prec, half = _setting(k)
+    op, prec, half = operands(k)
     new, C, N, NB, BK, BV, VB = k.new_empty, p.C, p.N, p.NB, p.BK, p.BV, p.VB
     tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
     key = ("write", H, K, V, p.code, prec, raw, norm_q, norm_k, saves, readable)
-    run = _Launches(key, (k, q, v, beta, g, S0), together=True)
+    run = Launches(key, (k, q, v, beta, g, S0), together=True)
     reads = q is not None
     gates = new((B, N, H, 7, C), dtype=torch.float32)
     inverse = new((B, N, H, C, C), dtype=half)
     many = B * NB * H if NB > 1 else 0
-    sizes, wholes, entries = _pieces(k, B * H * N, many, many * K * V)
+    sizes, wholes, entries = scratch(k, B * H * N, many, many * K * V)
     run(
         kernels_forward.intra, B * H * N,
         (k, v, beta, g, k if S0 is None else S0, inverse, gates, sizes), (T, H, N, K, V),
@@ -426,7 +261,7 @@ def _sizes(run, p, T, x, states, start):
     run(
         kernels_forward.size, B * H * p.N,
         (given if x is None else x, given, given if x is None else states, sizes), (T, H, p.N, K, V),
-        lambda: dict(C=p.C, BV=min(128, _power_of_two(V)), HAS_X=x is not None, HAS_START=start is not None, num_warps=4),
+        lambda: dict(C=p.C, BV=min(128, power_of_two(V)), HAS_X=x is not None, HAS_START=start is not None, num_warps=4),
     )  # fmt: skip
     return sizes
 
@@ -435,7 +270,7 @@ def _chain(run, p, shape, start, maps, deltas, wholes, sizes, last, *, reverse):
     """`scan` over the blocks of all sequences and heads, in place in `deltas`. `shape`: that of a state."""
     B, H, K, V = shape
     VB = -(-V // p.scan_columns)
-    op, prec, _ = _setting(maps)
+    op, prec, _ = operands(maps)
     run(
         kernels_forward.scan, B * H * VB,
         (deltas if start is None else start, maps, deltas, wholes, sizes, deltas if last is None else last),
@@ -450,7 +285,7 @@ def _chain(run, p, shape, start, maps, deltas, wholes, sizes, last, *, reverse):
 AT_ONCE = 64 << 20  # bytes of gradients of states that are held at once, where heads can be taken in groups
 
 
-@_on_device
+@on_device
 def write_backward(
     q: torch.Tensor | None,
     k: torch.Tensor,
@@ -480,10 +315,10 @@ def write_backward(
     B, T, H, K = k.shape
     V = v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
-    op, prec, half = _setting(k)
+    op, prec, half = operands(k)
     new, C, N, NB, BK, WB = k.new_empty, p.C, p.N, p.NB, p.BK, -(-V // p.walk_columns)
     tiles = dict(C=C, BK=BK, OP=op, PREC=prec)
-    run = _Launches(
+    run = Launches(
         ("write_backward", H, K, V, p.code, prec, raw, norm_q, norm_k),
         (k, q, v, beta, g, S0, d_out, d_state, d_new_v, d_states, inverse, states),
         together=True,
@@ -494,7 +329,7 @@ def write_backward(
     has_sizes = given_sizes is not None
     # dg_read: a share of dg from the first kernel, and two more vectors that `gradients_wide` puts aside.
     own_sizes, own_scales = 0 if has_sizes else per_chunk, per_chunk if reads else 0
-    dg_read, sizes, read_scales = _pieces(k, per_chunk * 3 * C, own_sizes, own_scales)
+    dg_read, sizes, read_scales = scratch(k, per_chunk * 3 * C, own_sizes, own_scales)
     if has_sizes:
         sizes = given_sizes
     # dv and dk hold, in 16 bit, what one kernel hands the next, until the last writes them.
@@ -515,7 +350,7 @@ def write_backward(
     else:
         read_scales = sizes if has_sizes else sizes.zero_()
     group = min(B * H, max(1, AT_ONCE // (N * K * V * half.itemsize)))
-    wholes, exits, d_scales, d_ends = _pieces(
+    wholes, exits, d_scales, d_ends = scratch(
         k, per_block, per_block * K * V, group * NB, -(-group * N * K * V * half.itemsize // 4)
     )
     d_ends = d_ends.view(half)
@@ -564,7 +399,7 @@ def write_backward(
     return dq, dk, dv, d_beta, dg, dS0
 
 
-@_on_device
+@on_device
 def read(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -581,8 +416,8 @@ def read(
     B, T, H, K = k.shape
     V = new_v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
-    op, prec, _ = _setting(k)
-    run = _Launches(("read", H, K, V, p.code, prec, norm_q, norm_k), (k, q, states, new_v))
+    op, prec, _ = operands(k)
+    run = Launches(("read", H, K, V, p.code, prec, norm_q, norm_k), (k, q, states, new_v))
     out = q.new_empty((B, T, H, V))
     run(
         kernels_forward.read, B * H * p.N * p.VB,
@@ -594,7 +429,7 @@ def read(
     return out
 
 
-@_on_device
+@on_device
 def read_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -613,8 +448,8 @@ def read_backward(
     B, T, H, K = k.shape
     V = new_v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
-    op, prec, _ = _setting(k)
-    run = _Launches(("read_backward", H, K, V, p.code, prec, norm_q, norm_k), (k, q, g, states, new_v, d_out))
+    op, prec, _ = operands(k)
+    run = Launches(("read_backward", H, K, V, p.code, prec, norm_q, norm_k), (k, q, g, states, new_v, d_out))
     dq, dk, dg = (torch.empty_like(x) for x in (q, k, g))
     d_new_v = k.new_empty((B, T, H, V), dtype=torch.float32)
     d_states = k.new_empty((B, p.N, H, K, V), dtype=torch.float32)
@@ -629,7 +464,7 @@ def read_backward(
     return dq, dk, dg, d_new_v, d_states
 
 
-@_on_device
+@on_device
 def step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -646,10 +481,10 @@ def step(
     """One token: q, k [B, H, K], v [B, H, V], beta, g [B, H], state [B, H, K, V] float32. Returns (out, next state)."""
     B, H, K = k.shape
     V = v.shape[-1]
-    BK = _power_of_two(K)
-    BV = min(_power_of_two(V), max(16, 2048 // BK))
+    BK = power_of_two(K)
+    BV = min(power_of_two(V), max(16, 2048 // BK))
     VB = -(-V // BV)
-    run = _Launches(("step", H, K, V, raw, norm_q, norm_k), (k, q, v, beta, g, state))
+    run = Launches(("step", H, K, V, raw, norm_q, norm_k), (k, q, v, beta, g, state))
     out, next_state = torch.empty_like(v), torch.empty_like(state)
     run(
         kernels_forward.step, B * H * VB,

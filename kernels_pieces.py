@@ -5,7 +5,8 @@ import triton.language as tl
 
 NORM_EPS = tl.constexpr(1e-6)
 
-REVISION = object()  # another one after every reload: kernels.py sees by it that kernels were built from older pieces
+# Another one after every reload: kernels_launch.py sees by it that kernels were built from older pieces.
+REVISION = object()
 
 
 @triton.jit

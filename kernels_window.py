@@ -29,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-import kernels
 import kernels_pieces as pieces
+from kernels_launch import LEAST, Launch, Launches, limits, on_device, operands, power_of_two
 
 # One compiled kernel serves all of them. Strides come in units of UNIT numbers, so that the compiler sees what they divide by.
 SIZES = "T tiles H window q_b q_t q_h k_b k_t k_h v_b v_t v_h d_b d_t d_h".split()
@@ -191,14 +191,14 @@ class Plan(NamedTuple):
 
     BD: int  # padded D
     BT: int  # tokens of a tile
-    attend: kernels.Launch
-    attend_back: kernels.Launch
+    attend: Launch
+    attend_back: Launch
 
 
 @functools.lru_cache(maxsize=256)
 def plan(D: int, window: int, dtype: torch.dtype, generation: int = 9) -> Plan:
     """For heads of width D on a GPU of that major compute capability."""
-    BD = max(kernels.LEAST, kernels._power_of_two(D))
+    BD = max(LEAST, power_of_two(D))
     full, big = dtype == torch.float32, generation in (9, 10)  # GPUs with products of 64 rows, and room for them
     BT = 32 if full or (BD > 64 and not big) else 64
     # One tile at most before this one, and one after: nothing to prefetch. On sm_8x it saves registers all the same.
@@ -207,8 +207,8 @@ def plan(D: int, window: int, dtype: torch.dtype, generation: int = 9) -> Plan:
     return Plan(
         BD=BD,
         BT=BT,
-        attend=kernels.Launch(4, 3 if big and not full and BD <= 64 else 2, registers),
-        attend_back=kernels.Launch(8 if full and BD > 64 else 4, 1 if single else 2, registers),
+        attend=Launch(4, 3 if big and not full and BD <= 64 else 2, registers),
+        attend_back=Launch(8 if full and BD > 64 else 4, 1 if single else 2, registers),
     )
 
 
@@ -225,7 +225,7 @@ def _prepared(tensors, BT):
     return tensors, [n // unit for n in strides], unit
 
 
-@kernels._on_device
+@on_device
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, T, H, D] in the dtype of q, and lse [B, H, T] float32 for `backward`; q, k, v [B, T, H, D] of one dtype.
 
@@ -238,14 +238,14 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> t
     if not 1 <= D <= WIDEST or window < 1:
         raise ValueError(f"expected a width of 1 to {WIDEST} and a window of at least 1, given {D} and {window}")
     window = min(window, T)
-    p = plan(D, window, q.dtype, kernels.limits(q.device)[1])
+    p = plan(D, window, q.dtype, limits(q.device)[1])
     out = torch.empty((B, T, H, D), device=q.device, dtype=q.dtype)
     lse = torch.empty((B, H, T), device=q.device, dtype=torch.float32)
     if not out.numel():
         return out, lse
     (q, k, v), strides, unit = _prepared((q, k, v), p.BT)
-    prec, tiles = kernels._setting(q)[1], -(-T // p.BT)
-    run = kernels._Launches(("attend", D, p, unit, prec, tuple(n >= 2**31 for n in strides)), (q, k, v))
+    prec, tiles = operands(q)[1], -(-T // p.BT)
+    run = Launches(("attend", D, p, unit, prec, tuple(n >= 2**31 for n in strides)), (q, k, v))
     run(
         attend, B * H * tiles,
         (q, k, v, out, lse), (*strides, T, tiles, H, window, D**-0.5 * LOG2E),
@@ -254,7 +254,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> t
     return out, lse
 
 
-@kernels._on_device
+@on_device
 def backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -267,15 +267,13 @@ def backward(
     """dq, dk, dv [B, T, H, D] from d_out, and from what `forward` took and gave."""
     B, T, H, D = q.shape
     window = min(window, T)
-    p = plan(D, window, q.dtype, kernels.limits(q.device)[1])
+    p = plan(D, window, q.dtype, limits(q.device)[1])
     dq, dk, dv = (torch.empty((B, T, H, D), device=q.device, dtype=q.dtype) for _ in range(3))
     if not dq.numel():
         return dq, dk, dv
     (q, k, v, d_out), strides, unit = _prepared((q, k, v, d_out), p.BT)
-    prec, tiles = kernels._setting(q)[1], -(-T // p.BT)
-    run = kernels._Launches(
-        ("attend_back", D, p, unit, prec, tuple(n >= 2**31 for n in strides)), (q, k, v, d_out, out, lse)
-    )
+    prec, tiles = operands(q)[1], -(-T // p.BT)
+    run = Launches(("attend_back", D, p, unit, prec, tuple(n >= 2**31 for n in strides)), (q, k, v, d_out, out, lse))
     run(
         attend_back, B * H * tiles,
         (q, k, v, out, lse, d_out, dq, dk, dv), (*strides, T, tiles, H, window, D**-0.5 * LOG2E, D**-0.5),

@@ -286,7 +286,7 @@ def waiting(monkeypatch):
         pytest.skip("Triton is not installed here: it exists for Linux only")
     import triton.runtime._async_compile as mode
 
-    import kernels
+    import kernels_launch
 
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     launched = []
@@ -302,7 +302,7 @@ def waiting(monkeypatch):
                 assert mode.active_mode.get() is None
                 return lambda: launched.append(dict(self.device_caches)) or stand_in()
 
-        run, before = kernels._Launches(("test",), (torch.zeros(1),), together=True), len(launched)
+        run, before = kernels_launch.Launches(("test",), (torch.zeros(1),), together=True), len(launched)
         run.compiled, run.device = {}, 0
         run(Kernel(), 1, (), (), dict)
         assert len(launched) == before
