@@ -199,7 +199,9 @@ def read_gradients(
     if NORM_Q:
         dPt_q = dPt * norm_q[None, :]
     dq_t *= (from_start * 0.0625)[None, :]
-    dq_t = tl.dot(tl.trans(k16), dPt_k.to(OP), dq_t, input_precision=PREC)
+    dPt_k = dPt_k.to(OP)
+    dq_t = tl.dot(tl.trans(k16), dPt_k, dq_t, input_precision=PREC)
+    d_k = pieces.key_sums(dPt_k, k16, q16, norm_q, PREC, NORM_Q)
     # For the last sums, behind the product that they take and before the other: Triton then takes them, and dq, in this order.
     qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
     share = tl.dot(dPt_q.to(OP), q16, input_precision=PREC)
@@ -209,7 +211,7 @@ def read_gradients(
     if NORM_Q:
         q32 *= norm_q[:, None]
     d_sum = tl.sum(q32 * dq_, 1)
-    tl.store(dg_out + pid * 3 * C + i, d_sum)
+    tl.store(dg_out + pid * 3 * C + i, d_sum - d_k * (16.0 * both))
     if NORM_Q:
         dq_ = (dq_ - q32 * d_sum[:, None]) * norm_q[:, None]
     pieces.store_rows(dq + first * K, dq_, i, cols, H * K, left, K)
@@ -313,11 +315,10 @@ def gradients(
     Mt = gLt * pieces.decays(-row_coarse, -rest, -coarse, -rest, i[:, None] < i[None, :], TWO, 4)
     Mt *= (-strength * norm)[None, :]
     dk_ = tl.dot(Mt.to(OP), k16, dk_, input_precision=PREC)
+    d_sum = tl.sum(k32 * dk_, 1) * (-16.0 * both)  # with to_last, which is taken off again below
     if READ:
         share = pieces.hold(share)
         dk_ += share.to(tl.float32) * (fd / read_scale)
-    d_sum = tl.sum(k32 * dk_, 1) * (-16.0 * both)  # with to_last, which is taken off again below
-    if READ:
         d_sum += d_read
     if VB > 1:
         rows = tl.zeros([C, BK], tl.float32)
@@ -416,10 +417,6 @@ def gradients_wide(
         k32 *= norm[:, None]
     tl.store(vectors + 2 * C, tl.sum(k32 * dk_end, 1) * (to_end * (16.0 * both)))
     dk_ = dk_end * to_end[:, None]
-    if READ:
-        tl.debug_barrier()
-        share = pieces.load_rows(dk_in + first * K, i, cols, H * K, left, K).to(tl.float32)
-        dk_ += share * (fd / tl.load(read_scales + bh * N + n))
     tl.debug_barrier()
     own = tl.load(g + first + i * H, mask=i < left, other=0.0).to(tl.float32)
     coarse, rest = pieces.vector(gates, chunk, 4, i, C), pieces.vector(gates, chunk, 5, i, C)
@@ -471,7 +468,13 @@ def gradients_wide(
     d_row *= strength
     to_last = tl.load(vectors + 2 * C)
     d_sum = tl.load(vectors) + to_last + d_row
-    dk_ = (dk_ - rows * strength[:, None]) * (16.0 * both)
+    dk_ -= rows * strength[:, None]
+    if READ:
+        tl.debug_barrier()
+        share = pieces.load_rows(dk_in + first * K, i, cols, H * K, left, K)
+        dk_ += share.to(tl.float32) * (fd / tl.load(read_scales + bh * N + n))
+        tl.debug_barrier()  # before dk is put in its place
+    dk_ *= 16.0 * both
     if NORM_K:
         dk_ = (dk_ - k32 * tl.sum(k32 * dk_, 1)[:, None]) * norm[:, None]
     pieces.store_rows(dk + first * K, dk_, i, cols, H * K, left, K)
@@ -554,7 +557,8 @@ def read_back(
     if NORM_Q:
         dPt_q = dPt * norm_q[None, :]
     dq_t *= (from_start * 0.0625)[None, :]
-    dq_t = tl.dot(tl.trans(k16), dPt_k.to(OP), dq_t, input_precision=PREC)
+    dPt_k = dPt_k.to(OP)
+    dq_t = tl.dot(tl.trans(k16), dPt_k, dq_t, input_precision=PREC)
     # For the last sums, behind the product that they take and before the other: Triton then takes them, and dq, in this order.
     qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
     dk_ = tl.dot(dPt_q.to(OP), q16, input_precision=PREC) * (16.0 * both)
@@ -564,6 +568,8 @@ def read_back(
     d_k = tl.sum(k32 * dk_, 1)
     if NORM_K:
         dk_ = (dk_ - k32 * d_k[:, None]) * norm[:, None]
+    if NORM_Q or NORM_K:  # the two products took their own rounding of dP
+        d_k = pieces.key_sums(dPt_k, k16, q16, norm_q, PREC, NORM_Q) * (16.0 * both)
     pieces.store_rows(dk + first * K, dk_, i, cols, H * K, left, K)
     dq_ = tl.trans(dq_t) * (16.0 * both)
     q32 = qt.to(tl.float32)

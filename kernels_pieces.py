@@ -226,3 +226,17 @@ def new_values(k16, S16, X, values, strength, recall, OP: tl.constexpr, PREC: tl
     recalled = tl.dot(k16, S16, input_precision=PREC)
     R_ = strength[:, None] * values.to(tl.float32) - recall[:, None] * recalled
     return tl.dot(X, R_.to(OP), input_precision=PREC).to(OP)
+
+
+@triton.jit
+def key_sums(dPt, k16, q16, norm_q, PREC: tl.constexpr, NORM_Q: tl.constexpr):
+    """k_j . sum_i dPt[j, i] q_i of every key, from the rounded dPt [C, C] that dq took.
+
+    dg is the sum of q . dq - k . dk over this token and all later ones. Pairs of a query and a key that both come later, and a
+    token's own, must cancel in it, and where decay is fast nearly all of P is such pairs: two roundings of dP would leave their
+    difference, up to 1% of dg.
+    """
+    products = tl.dot(k16, tl.trans(q16), input_precision=PREC)
+    if NORM_Q:
+        products *= norm_q[None, :]
+    return tl.sum(dPt.to(tl.float32) * products, 1)
