@@ -71,23 +71,45 @@ def environment(caches: str) -> dict:
     return dict(os.environ, **folders, FLA_FLASH_QLA="0", FLA_CACHE_RESULTS="0")
 
 
-def run(job: dict, env: dict, *, timeout: float, verbose: bool = False) -> list[dict]:
-    """The rows of one worker. A worker that dies or hangs gives a row for each implementation that says so."""
+def attempt(job: dict, env: dict, *, timeout: float) -> tuple[list[dict], str, str]:
+    """The rows of one worker, how it ended if it died or hung, else "", and what it wrote to stderr."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         command = [sys.executable, str(WORKER), json.dumps(dict(job, rows=str(path)))]
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-            ending, said = f"exit status {done.returncode}", done.stderr
+            ending, said = f"exit status {done.returncode}" if done.returncode else "", done.stderr
         except subprocess.TimeoutExpired as late:
             ending = f"stopped after {timeout:.0f} s"
             said = late.stderr.decode(errors="replace") if late.stderr else ""
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if not rows:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut off
+    if not ending and not rows:
+        ending = "no rows"
+    return rows, ending, said
+
+
+def run(job: dict, env: dict, *, timeout: float, verbose: bool = False) -> list[dict]:
+    """The rows of a job. A worker that dies or hangs gives a row for each implementation that says so.
+
+    A grid of errors goes on in another process, without the implementation whose failure has ended one.
+    """
+    rows, ending, said = attempt(job, env, timeout=timeout)
+    while ending and job["kind"] == "errors" and rows and rows[-1]["error"]:
+        # The first to fail in the last case; what others said after it is of a device that was lost already.
+        first = next(i for i, row in enumerate(rows) if row["error"] and row["case"] == rows[-1]["case"])
+        rows = rows[: first + 1]
+        done = len({tuple(row["case"].values()) for row in rows})
+        job = dict(job, done=done, broken=[*job.get("broken", ()), rows[-1]["impl"]])
+        more, ending, later = attempt(job, env, timeout=timeout)
+        rows, said = rows + more, said + later
+        if not more:
+            break
+    if ending:
         last = said.strip().splitlines()[-1:] or ["no output"]
         names = job.get("impls") or [job["impl"]]
         base = {key: job[key] for key in ("shape", "B", "dtype") if key in job} | dict(bench=job["kind"])
-        rows = [
+        rows += [
             dict(base, impl=name, label=bench_measure.label(name), error=f"process: {ending}: {last[0][:200]}")
             for name in names
         ]

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 import traceback
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -360,13 +360,14 @@ def cases(K: int, V: int) -> list[Case]:
     return list(dict.fromkeys(chosen))
 
 
-def error_grid(job: dict) -> list[dict]:
+def error_grid(job: dict) -> Iterator[dict]:
     """Errors of every implementation over the cases of one pair of widths; peers in bf16 only.
 
-    An implementation that fails twice running is not tried again: some take a minute to fail.
+    A peer that fails twice running is not tried again: some take a minute to fail. Where a failure has ended a process before,
+    `done` says how many cases it had tried, and `broken` whose failure it was: not tried again either.
     """
-    rows, functions, failures = [], {}, dict.fromkeys(job["impls"], 0)
-    for case in cases(*job["widths"]):
+    functions, failures = {}, dict.fromkeys(job["impls"], 0)
+    for case in cases(*job["widths"])[job.get("done", 0) :]:
         shape, dtype = Shape(2, case.T, 4, case.K, case.V), DTYPES[case.dtype]
         scale = 1.0 if case.scale == "1" else case.K**-0.5
         options = dict(decay=case.decay, keys=case.keys, gates=case.gates)
@@ -376,16 +377,17 @@ def error_grid(job: dict) -> list[dict]:
             if case.dtype != "bf16" and IMPLS[name]:
                 continue
             row = dict(impl=name, label=label(name), case=case._asdict(), error=None)
-            rows.append(row)
-            if failures[name] == 2 and name != "ours":
+            if name in job.get("broken", ()):
+                row["error"] = "not tried: its failure ended a process before at these widths"
+            elif failures[name] == 2 and name != "ours":
                 row["error"] = "not tried: failed twice before at these widths"
-                continue
-            with refusals(row):
-                if name not in functions:
-                    functions[name] = load(name)
-                row["errors"] = errors(functions[name], tensors, grads, reference, scale=scale)
-            failures[name] = failures[name] + 1 if row["error"] else 0
-    return rows
+            else:
+                with refusals(row):
+                    if name not in functions:
+                        functions[name] = load(name)
+                    row["errors"] = errors(functions[name], tensors, grads, reference, scale=scale)
+                failures[name] = failures[name] + 1 if row["error"] else 0
+            yield row
 
 
 # ------------------------------------------------------------------------------------------------ one token at a time
@@ -489,12 +491,12 @@ def versions() -> dict:
 
 
 def main(job: dict):
-    """Measure, and leave the rows in the file that the job names."""
-    rows = KINDS[job["kind"]](job)
+    """Measure, and leave the rows in the file that the job names, each as soon as it is there."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    for row in rows:
-        row.update(bench=job["kind"], gpu=gpu, versions=versions())
-    Path(job["rows"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stamp = dict(bench=job["kind"], gpu=gpu, versions=versions())
+    with open(job["rows"], "w", buffering=1) as out:
+        for row in KINDS[job["kind"]](job):
+            out.write(json.dumps(row | stamp) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_peer_that_refuses_is_a_row_and_is_left_alone(on_cpu, monkeypatch):
     monkeypatch.setattr(bench_measure, "load", absent)
     short = [Case(16, 16, T=T) for T in (1, 2, 3, 4)] + [Case(16, 16, T=2, dtype="fp32")]
     monkeypatch.setattr(bench_measure, "cases", lambda K, V: short)
-    rows = bench_measure.error_grid(dict(impls=["torch", "fla"], widths=(16, 16)))
+    rows = list(bench_measure.error_grid(dict(impls=["torch", "fla"], widths=(16, 16))))
     fla = [row for row in rows if row["impl"] == "fla"]
     assert len(fla) == 4 and len(asked) == 2  # bf16 only; not tried a third time
     assert fla[0]["error"] == "ImportError: No module named 'fla'" and "not tried" in fla[3]["error"]
@@ -196,9 +197,56 @@ def test_a_worker_that_dies_or_hangs_is_a_row(tmp_path, monkeypatch, capsys):
     assert "stopped after 1 s" in bench_gpu.run(job, env, timeout=1)[0]["error"]
     script.write_text(
         "import json, os, sys; job = json.loads(sys.argv[1]); open(job['rows'], 'w').write("
-        "json.dumps(dict(impl='ours', error=None, cache=os.environ['TRITON_CACHE_DIR'])))"
+        "json.dumps(dict(impl='ours', error=None, cache=os.environ['TRITON_CACHE_DIR'])) + chr(10))"
     )
     assert bench_gpu.run(job, env, timeout=60)[0]["cache"] == str(tmp_path / "triton")
+
+
+GRID_WORKER = """
+import json, sys
+import bench_measure
+
+load, inputs, lost = bench_measure.load, bench_measure.inputs, []
+
+
+def unless_lost(function):
+    def run(*args, **options):
+        if lost:
+            raise RuntimeError("device lost")
+        return function(*args, **options)
+
+    return run
+
+
+def stand_in(name):
+    def peer(**given):
+        if given["q"].shape[1] == 3:
+            lost.append(True)
+            raise RuntimeError("illegal access")
+        return load("torch")(**given)
+
+    return unless_lost(load(name) if name == "torch" else peer)
+
+
+bench_measure.DEVICE, bench_measure.load, bench_measure.inputs = "cpu", stand_in, unless_lost(inputs)
+bench_measure.cases = lambda K, V: [bench_measure.Case(K, V, T=T) for T in (1, 2, 3, 4, 5)]
+bench_measure.main(json.loads(sys.argv[1]))
+"""
+
+
+def test_a_grid_goes_on_without_the_implementation_that_took_its_process_down(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(GRID_WORKER)
+    monkeypatch.setattr(bench_gpu, "WORKER", script)
+    env = dict(bench_gpu.environment(str(tmp_path)), PYTHONPATH=str(Path(bench_gpu.__file__).parent))
+    rows = bench_gpu.run(dict(kind="errors", impls=["fla", "torch"], widths=(16, 16)), env, timeout=120)
+    found = {(row["impl"], row["case"]["T"]): row["error"] for row in rows}
+    assert [found["fla", T] is None for T in (1, 2)] == [True, True] and found[
+        "fla", 3
+    ] == "RuntimeError: illegal access"
+    assert all("not tried" in found["fla", T] for T in (4, 5))
+    assert {T for name, T in found if name == "torch"} == {1, 2, 4, 5}  # at 3 the device was lost already
+    assert all(found["torch", T] is None for T in (1, 2, 4, 5))
 
 
 def test_plans():
