@@ -151,8 +151,18 @@ def activities(events) -> dict:
     return total
 
 
+def longest(kernels: dict, *, most: int = 16) -> dict:
+    """The longest of the kernels by their names' first 100 characters, and the sum of the others."""
+    ordered = sorted(kernels.items(), key=lambda item: -item[1])
+    found = {}
+    for name, ms in ordered[:most]:
+        found[name[:100]] = found.get(name[:100], 0.0) + ms
+    rest = sum(ms for _, ms in ordered[most:])
+    return found | {f"{len(ordered) - most} others": rest} if rest else found
+
+
 def device_work(call, *, steps: int) -> tuple[float, dict]:
-    """Milliseconds of device work in one call, the median of `steps`, and those of each kernel in the middle one."""
+    """Milliseconds of device work in one call, the median of `steps`, and those of its longest kernels in the middle one."""
     runs = []
     for _ in range(steps + 1):  # the first profile of a process sets the tracer up
         synchronize()
@@ -163,8 +173,7 @@ def device_work(call, *, steps: int) -> tuple[float, dict]:
     if not all(runs[1:]):
         raise RuntimeError("torch.profiler saw no work on the device")
     runs = sorted(runs[1:], key=lambda run: sum(run.values()))
-    middle = runs[(len(runs) - 1) // 2]
-    return float(np.median([sum(run.values()) for run in runs])), middle
+    return float(np.median([sum(run.values()) for run in runs])), longest(runs[(len(runs) - 1) // 2])
 
 
 def peak_mib(call) -> float:
@@ -490,13 +499,19 @@ def versions() -> dict:
     return found
 
 
+def brief(row: dict) -> str:
+    """A row as a line of JSON, its numbers to six digits."""
+    rounded = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    return json.dumps(rounded)
+
+
 def main(job: dict):
     """Measure, and leave the rows in the file that the job names, each as soon as it is there."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     stamp = dict(bench=job["kind"], gpu=gpu, versions=versions())
     with open(job["rows"], "w", buffering=1) as out:
         for row in KINDS[job["kind"]](job):
-            out.write(json.dumps(row | stamp) + "\n")
+            out.write(brief(row | stamp) + "\n")
 
 
 if __name__ == "__main__":

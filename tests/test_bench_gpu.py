@@ -114,6 +114,18 @@ def test_device_work_counts_kernels_and_copies_alone():
     assert len(profile.events()) and bench_measure.activities(profile.events()) == {}
 
 
+def test_rows_keep_the_longest_kernels_and_the_sum_of_the_rest():
+    kernels = {f"kernel {n}": float(n) for n in range(30)}
+    found = bench_measure.longest(kernels, most=3)
+    assert list(found) == ["kernel 29", "kernel 28", "kernel 27", "27 others"]
+    assert sum(found.values()) == sum(kernels.values())
+    same = {"a" * 100 + "x": 2.0, "a" * 100 + "y": 1.0}  # told apart by their ends alone
+    assert bench_measure.longest(same) == {"a" * 100: 3.0}
+    assert json.loads(bench_measure.brief(dict(ms=[0.123456789], n=3, text="1.123456789", none=None))) == dict(
+        ms=[0.123457], n=3, text="1.123456789", none=None
+    )
+
+
 @pytest.fixture
 def measured(on_cpu, monkeypatch):
     """Rows of one shape: the PyTorch path under two names, timers that need a GPU replaced, and a peer that refuses."""
