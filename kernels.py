@@ -235,9 +235,11 @@ def write(
             KEEP=stores_v, NORM_Q=norm_q, NORM_K=norm_k, **tiles, **p.walk.options(),
         ),
     )  # fmt: skip
-    run.finish()
+    options = dict(scale=scale, norm_q=norm_q, norm_k=norm_k)
+    tensors = q, k, v, beta, g, S0, gates, inverse, states, scales, maps, new_v
+    run.finish(lambda: _what_follows(*tensors, raw=raw, saves=saves, readable=readable, **options))
     if reads and not fused:
-        out = read(q, k, gates, states, scales, new_v, scale=scale, norm_q=norm_q, norm_k=norm_k)
+        out = read(q, k, gates, states, scales, new_v, **options)
     return Written(
         out,
         state,
@@ -248,6 +250,31 @@ def write(
         maps if saves else None,
         new_v if readable else None,
     )
+
+
+def _what_follows(
+    q, k, v, beta, g, S0, gates, inverse, states, scales, maps, new_v, *, raw, saves, readable, **options
+):
+    """Call what is likely to be called after a write, for `Launches.finish`: on the first tokens of its first sequence, as many
+    as take the same kernels, lest it allocates more than that."""
+    T, H, K = k.shape[1:]
+    full = plan(T, K, v.shape[-1], k.dtype, *limits(k.device))
+    few = min(T, (9 if full.NB > 1 else 8) * full.C)
+    p = plan(few, K, v.shape[-1], k.dtype, *limits(k.device))
+    first = lambda n, *tensors: [None if x is None else x[:1, :n] for x in tensors]  # noqa: E731
+    q, k, v, beta, g, new_v = first(few, q, k, v, beta, g, new_v)
+    gates, inverse, states, maps = first(p.N, gates, inverse, states, maps)
+    S0, scales = first(H, S0, scales)
+    reader, later = k if q is None else q, (None, None)
+    if new_v is not None:
+        read(reader, k, gates, states, scales, new_v, **options)
+    if saves and readable:
+        later = read_backward(reader, k, g, gates, states, scales, new_v, v, **options)[3:]
+    if saves:
+        d_out = None if q is None else v
+        write_backward(
+            q, k, v, beta, g, S0, gates, inverse, states, scales, maps, d_out, None, *later, raw=raw, **options
+        )  # fmt: skip
 
 
 def _sizes(run, p, T, x, states, start):

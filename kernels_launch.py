@@ -5,6 +5,7 @@ launch once a kernel is compiled. Imported by `kernels` and `kernels_window`, on
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import contextvars
 import functools
 import importlib
@@ -107,6 +108,20 @@ def _built(kernel):
     return kernel is not None and kernel.run is not None
 
 
+_gathered = contextvars.ContextVar("_gathered", default=None)
+
+
+@contextlib.contextmanager
+def gathered():
+    """A list of the launches inside, which do not run."""
+    launches = []
+    token = _gathered.set(launches)
+    try:
+        yield launches
+    finally:
+        _gathered.reset(token)
+
+
 class Launches:
     """The kernels of one call, in order. Triton's own launch looks at every argument again, some 60 microseconds each; where
     everything that a compiled kernel depends on is in `key`, the one of the last time is launched as it is.
@@ -133,6 +148,9 @@ class Launches:
     def __call__(self, function, programs, tensors, numbers, constants):
         """Launch `function` on its tensors, then numbers. `constants` returns those of the compiler and of the launch: called
         only where the kernel may have to be compiled."""
+        if (launches := _gathered.get()) is not None:
+            launches.append((function, programs, (*tensors, *numbers), constants()))
+            return
         at, self.count = self.count, self.count + 1
         if self.compiled is not None:
             of, run, kernel, values = self.compiled.get(at, (None,) * 4)
@@ -140,31 +158,34 @@ class Launches:
                 # Addresses instead of tensors: Triton would ask the driver about each.
                 run(programs, 1, 1, self.stream, *kernel, *[x.data_ptr() for x in tensors], *numbers, *values)
                 return
-        self.waiting += ((at, function, programs, (*tensors, *numbers), constants()),)
+        self.waiting += ((at, (function, programs, (*tensors, *numbers), constants())),)
         if self.compiled is None or not self.together:
             self._launch_waiting()
 
-    def finish(self):
-        """Compile what waits, all at the same time, and launch it in order."""
-        if self.waiting:
-            # In a context of its own: Triton stays in the mode of an interrupted compilation.
-            contextvars.copy_context().run(self._compile_waiting)
-            self._launch_waiting()
+    def finish(self, then=None):
+        """Compile what waits, all at the same time, and launch it in order. `then` calls what is likely to be called next: its
+        kernels are compiled along, so that a first training step waits once."""
+        if not self.waiting:
+            return
+        with gathered() as later:
+            if then is not None:
+                then()
+        # In a context of its own: Triton stays in the mode of an interrupted compilation.
+        contextvars.copy_context().run(self._compile, [*(launch for _, launch in self.waiting), *later])
+        self._launch_waiting()
 
-    def _compile_waiting(self):
+    def _compile(self, launches):
         """All at the same time: Triton compiles outside of Python's lock."""
         with concurrent.futures.ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(self.device,)) as pool:
             with triton.AsyncCompileMode(pool, ignore_errors=True):
-                kernels = [
-                    f.warmup(*args, grid=(programs,), **options) for _, f, programs, args, options in self.waiting
-                ]
-            for (_, function, *_), built in zip(self.waiting, pool.map(_built, kernels), strict=True):
+                kernels = [f.warmup(*args, grid=(programs,), **options) for f, programs, args, options in launches]
+            for (function, *_), built in zip(launches, pool.map(_built, kernels), strict=True):
                 if not built:  # Triton would raise what went wrong for good; so the launch compiles again, and says it
                     function.device_caches.pop(self.device, None)
 
     def _launch_waiting(self):
         waiting, self.waiting = self.waiting, ()
-        for at, function, programs, args, options in waiting:
+        for at, (function, programs, args, options) in waiting:
             kernel = function[(programs,)](*args, **options)
             if self.compiled is not None:
                 values = [options[name] for name in function.arg_names[len(args) :]]

@@ -190,6 +190,46 @@ def launches(arch, K, V, dtype, *, T=2048, H=8, raw=False, norm=False, start=Tru
     return list(dict.fromkeys(found))
 
 
+def test_what_is_compiled_along_is_what_follows():
+    """The kernels of a training step, of one read and of later ones, are all known once the write has compiled its own."""
+    if not core.HAS_TRITON:
+        pytest.skip("Triton is not installed here: it exists for Linux only")
+    import kernels
+    import kernels_launch
+
+    settings = itertools.product(
+        ((64, 128), (128, 128), (256, 40)),
+        (torch.bfloat16, torch.float32),
+        (5, 300, 2049, 40_000),
+        (90, 86),
+        (False, True),
+    )
+    for (K, V), dtype, T, arch, readable in settings:
+        with recorded(arch) as found:
+            new = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+            q, k, v, beta, g = new(2, T, 3, K), new(2, T, 3, K), new(2, T, 3, V), new(2, T, 3), new(2, T, 3)
+            options = dict(scale=0.5, norm_q=True, norm_k=False)
+            written = kernels.write(q, k, v, beta, g, None, raw=False, saves=True, readable=True, **options)
+            del found[:]
+            later = (None, None)
+            if readable:
+                kernels.read(q, k, *written[2:3], *written[4:6], written.new_v, **options)
+                *_, d_new_v, d_states = kernels.read_backward(
+                    q, k, g, *written[2:3], *written[4:6], written.new_v, v, **options
+                )
+                later = d_new_v, d_states
+            kernels.write_backward(q, k, v, beta, g, None, *written[2:7], v, None, *later, raw=False, **options)
+            needed = {(x.kernel.__name__, *x[1:]) for x in found}
+            del found[:]
+            tensors = q, k, v, beta, g, None, *written[2:7], written.new_v if readable else None
+            with kernels_launch.gathered() as gathered:
+                kernels._what_follows(*tensors, raw=False, saves=True, readable=readable, **options)
+            assert not found
+            for kernel, programs, args, more in gathered:
+                kernel[(programs,)](*args, **more)
+            assert len(needed) > 2 and needed == {(x.kernel.__name__, *x[1:]) for x in found}
+
+
 def compiled(launched, arch, *, binary=True):
     """What Triton's compiler says of a launch on an architecture; not `binary`: without ptxas, which takes most of the time."""
     import triton
