@@ -282,6 +282,15 @@ def shape_list(text: str) -> list[bench_measure.Shape]:
     return shapes
 
 
+def width_list(text: str) -> list[tuple[int, int]]:
+    """Pairs K, V of the grid of errors from "100,16 256,256"."""
+    known = {f"{K},{V}": (K, V) for K, V in bench_measure.WIDTHS}
+    unknown = [part for part in text.split() if part not in known]
+    if unknown or not text.split():
+        raise argparse.ArgumentTypeError(f"{(unknown or [text])[0]!r}: choose from {' '.join(known)}")
+    return [known[part] for part in text.split()]
+
+
 def impl_list(text: str) -> list[str]:
     """Names of implementations from "ours,fla"."""
     names = text.split(",")
@@ -298,6 +307,9 @@ def parse(arguments=None) -> argparse.Namespace:
     modes.add_argument("--step", action="store_true", help="one token at a time, B 1 and 64")
     modes.add_argument("--errors", action="store_true", help="the full grid of errors")
     parser.add_argument("--shapes", type=shape_list, help='"B,T,H,K,V B,T,H,K,V ..."')
+    parser.add_argument(
+        "--widths", type=width_list, default=bench_measure.WIDTHS, help='K,V of --errors: "100,16 64,128"'
+    )
     parser.add_argument("--only", type=impl_list, help=f"implementations, of {','.join(bench_measure.IMPLS)}")
     parser.add_argument("--dtype", choices=bench_measure.DTYPES, default="bf16")
     parser.add_argument("--pairs", type=int, help="measured calls of each implementation (30; 10 with --quick)")
@@ -321,7 +333,7 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Jobs that may run side by side (first calls, errors), then those that need the GPU to themselves."""
     if args.errors:
         impls = args.only or ["ours", "fla"]
-        jobs = [dict(kind="errors", impls=impls, widths=widths) for widths in bench_measure.WIDTHS]
+        jobs = [dict(kind="errors", impls=impls, widths=widths) for widths in args.widths]
         return jobs, []
     if args.step:
         impls = args.only or ["ours", "torch", "fla"]

@@ -273,6 +273,7 @@ def test_plans():
         "flashqla"
     ]  # it says that it cannot
     assert len(plan("--errors")[0]) == len(bench_measure.WIDTHS) and [job["B"] for job in plan("--step")[1]] == [1, 64]
+    assert [job["widths"] for job in plan("--errors", "--widths", "100,16 64,128")[0]] == [(100, 16), (64, 128)]
     for axis in "BTH":
         assert len({getattr(shape, axis) for shape in bench_gpu.scaling_shapes()}) >= 4
 
@@ -293,6 +294,8 @@ def test_one_token_steps(on_cpu):
         ("--shapes", "4,2048,8"),
         ("--shapes", "0,1,1,1,1"),
         ("--only", "ours,none"),
+        ("--widths", "64,128 3,3"),
+        ("--widths", ""),
         ("--pairs", "0"),
         ("--cold", "--step"),
     ],
