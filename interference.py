@@ -11,14 +11,17 @@ closed form: `expected_read`. Simulations write and read through `core`, as mode
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import analysis
 import core
 
 # ------------------------------------------------------------------------------------------------ keys
@@ -142,12 +145,23 @@ def notes_error(writes, *, K: int) -> np.ndarray:
     return np.sqrt((1 - a) * (2 - a))
 
 
-def capacity(*, K: int, error: float, beta: float = 1.0, g: float = 0.0, most: int = 100_000) -> int:
-    """The most values with independent keys whose mean squared error, over values and keys, stays at or below `error`; at most
-    `most`. 0 where a single one is beyond it."""
+def mean_error(n: int, *, K: int, beta: float = 1.0, g: float = 0.0, erase: str = "decayed", heads: int = 1) -> float:
+    """E |read - v|^2 / V, averaged over n values written one after another and read with their own keys.
+
+    heads: how many memories with keys of their own hold each value and are averaged when it is read. Their signals agree, their
+    noise does not.
+    """
+    later = np.arange(n)
+    found = expected_read(later, earlier=n - 1 - later, K=K, beta=beta, g=g, erase=erase)
+    return float(((1 - found.signal) ** 2 + found.noise / heads).mean())
+
+
+def capacity(*, K: int, error: float, beta: float = 1.0, g: float = 0.0, heads: int = 1, most: int = 100_000) -> int:
+    """The most values with independent keys whose `mean_error` stays at or below `error`, no more than `most`; 0 where a single
+    one is beyond it."""
     if not 0 < error < 1:
         raise ValueError(f"error = {error!r}: needs a share of a value's own size, between 0 and 1")
-    fits = lambda n: mean_error(n, K=K, beta=beta, g=g) <= error  # noqa: E731
+    fits = lambda n: mean_error(n, K=K, beta=beta, g=g, heads=heads) <= error  # noqa: E731
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -156,12 +170,6 @@ def capacity(*, K: int, error: float, beta: float = 1.0, g: float = 0.0, most: i
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def mean_error(n: int, *, K: int, beta: float = 1.0, g: float = 0.0, erase: str = "decayed") -> float:
-    """E |read - v|^2 / V, averaged over n values written one after another and read with their own keys."""
-    later = np.arange(n)
-    return float(expected_read(later, earlier=n - 1 - later, K=K, beta=beta, g=g, erase=erase).error.mean())
 
 
 # ------------------------------------------------------------------------------------------------ simulation
@@ -215,3 +223,135 @@ def recalled(state: Tensor, queries: Tensor, candidates: Tensor) -> Tensor:
 def blended(state: Tensor, queries: Tensor, keys: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Reads of all stored keys [trials, n, K], weighed by softmax(query . key / temperature): [trials, m, V]."""
     return (queries @ keys.transpose(1, 2) / temperature).softmax(-1) @ read(state, keys)
+
+
+# ------------------------------------------------------------------------------------------------ tables: exact beside measured
+
+
+def simulate(
+    keys_for,
+    n: int,
+    *,
+    trials: int,
+    V: int = 16,
+    heads: int = 1,
+    seed: int = 0,
+    queries_for=None,
+    device="cpu",
+    **writing,
+) -> Tensor:
+    """Squared errors [trials, n] of n values, by position in the order of writing.
+
+    keys_for(trials, n, generator=) draws the keys, of every head anew; queries_for(keys, generator=) what reads them, the keys
+    themselves unless given. Reads of the heads are averaged. writing: what `write` takes. float32 on `device`.
+    """
+    gen, found = torch.Generator().manual_seed(seed), []
+    for first in range(0, trials, 2000):
+        count = min(2000, trials - first)
+        values, got = random_values(count, n, V, generator=gen).to(device, torch.float32), 0.0
+        for _ in range(heads):
+            keys = keys_for(count, n, generator=gen)
+            queries = keys if queries_for is None else queries_for(keys, generator=gen)
+            keys, queries = keys.to(device, torch.float32), queries.to(device, torch.float32)
+            got = got + read(write(keys, values, **writing), queries) / heads
+        found.append((got - values).square().mean(-1).double().cpu())
+    return torch.cat(found)
+
+
+def beside(errors: Tensor, exact: float, *, level: float) -> dict:
+    """Root mean square error of independent trials [trials] with its interval, beside the exact one."""
+    mean, low, high = (max(x, 0.0) for x in analysis.mean_interval(errors.numpy(), level=level))
+    found = dict(exact=exact, measured=mean, low=low, high=high)
+    agrees = low <= exact <= high or abs(mean - exact) < 1e-9
+    return {name: math.sqrt(x) for name, x in found.items()} | dict(trials=len(errors), agrees=agrees)
+
+
+def by_writes(writes, *, K: int, trials: int, seed: int = 0, level: float = 0.999, **options) -> pd.DataFrame:
+    """Root mean square error of the first value after so many writes with random keys: exact, by the notes' form, measured."""
+    keys_for = functools.partial(random_keys, K=K)
+    lines = []
+    for n in writes:
+        errors = simulate(keys_for, n, trials=trials, seed=seed, **options)[:, 0]
+        exact = float(expected_read(n - 1, K=K).error)
+        lines.append(dict(writes=n, notes=float(notes_error(n, K=K)), **beside(errors, exact, level=level)))
+    return pd.DataFrame(lines)
+
+
+def by_gates(settings, *, n: int, K: int, trials: int, seed: int = 0, level: float = 0.999, **options) -> pd.DataFrame:
+    """Root mean square error over all of n values for each (beta, g, erase)."""
+    keys_for, lines = functools.partial(random_keys, K=K), []
+    for beta, g, erase in settings:
+        rule = dict(beta=beta, g=g, erase=erase)
+        errors = simulate(keys_for, n, trials=trials, seed=seed, **rule, **options).mean(1)
+        lines.append(dict(rule, **beside(errors, mean_error(n, K=K, **rule), level=level)))
+    return pd.DataFrame(lines)
+
+
+def by_similarity(
+    cosines, *, n: int, K: int, trials: int, seed: int = 0, level: float = 0.999, **options
+) -> pd.DataFrame:
+    """Root mean square error over n values whose keys all have the same cosine. The exact one follows from the cosine alone."""
+    lines = []
+    for cosine in cosines:
+        keys_for = functools.partial(similar_keys, K=K, cosine=cosine)
+        C = coefficients(keys_for(1, n, generator=torch.Generator().manual_seed(seed)))[0]
+        exact = float((C - torch.eye(n, dtype=C.dtype)).square().sum(-1).mean())
+        errors = simulate(keys_for, n, trials=trials, seed=seed, **options).mean(1)
+        lines.append(dict(cosine=cosine, **beside(errors, exact, level=level)))
+    return pd.DataFrame(lines)
+
+
+def by_count(
+    counts, *, K: int, trials: int, heads: int = 1, g: float = 0.0, seed: int = 0, level: float = 0.999, **options
+) -> pd.DataFrame:
+    """Root mean square error over all values by how many are held, `heads` memories averaged: what `capacity` is read from."""
+    lines = []
+    for n in counts:
+        errors = simulate(functools.partial(random_keys, K=K), n, trials=trials, heads=heads, seed=seed, g=g, **options)
+        exact = mean_error(n, K=K, g=g, heads=heads)
+        lines.append(dict(values=n, K=K, heads=heads, g=g, **beside(errors.mean(1), exact, level=level)))
+    return pd.DataFrame(lines)
+
+
+SCENARIOS = ("distinct random keys", "every key written twice", "cosine 0.5 between keys")
+
+
+def by_rule(
+    scenario: str, counts, *, K: int, V: int, candidates: int, trials: int, seed: int = 0, device="cpu"
+) -> pd.DataFrame:
+    """Recall by the largest product among `candidates` values, of which some were written, for rules that add or replace.
+
+    scenario: of SCENARIOS. Where keys are written twice the later value is the right one. trials: reads per line, at least.
+    Columns: scenario, writes, rule, chance, and those of `analysis.Rate`.
+    """
+    if scenario not in SCENARIOS:
+        raise ValueError(f"scenario = {scenario!r}: choose from {SCENARIOS}")
+    gen, lines = torch.Generator().manual_seed(seed), []
+    for n in counts:
+        right = {"Hebbian": [], "delta": [], "delta, two passes": []}
+        rows = max(10, -(-trials // n))  # memories; reads of one share its keys
+        for _ in range(rows):
+            held = n // 2 if scenario == SCENARIOS[1] else n
+            if scenario == SCENARIOS[2]:
+                keys = similar_keys(1, held, K, 0.5, generator=gen)
+            else:
+                keys = random_keys(1, held, K, generator=gen)
+            if scenario == SCENARIOS[1]:
+                keys = keys.repeat(1, 2, 1)
+            pool = random_values(1, candidates, V, generator=gen)[0].to(device, torch.float32)
+            keys, answers = (
+                keys.to(device, torch.float32),
+                torch.arange(keys.shape[1] - held, keys.shape[1], device=device),
+            )
+            values = pool[None, : keys.shape[1]]
+            states = {
+                "Hebbian": hebbian(keys, values),
+                "delta": write(keys, values),
+                "delta, two passes": write(keys, values, passes=2),
+            }
+            for rule, state in states.items():
+                right[rule].append((recalled(state, keys[:, answers], pool)[0] == answers).cpu().numpy())
+        for rule, found in right.items():
+            rate = analysis.Rate.of(np.concatenate(found), np.repeat(np.arange(rows), [len(x) for x in found]))
+            lines.append(dict(scenario=scenario, writes=n, rule=rule, chance=1 / candidates, **rate.row()))
+    return pd.DataFrame(lines)

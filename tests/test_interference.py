@@ -157,3 +157,44 @@ def test_blending_dilutes_with_temperature():
     share = math.e / (math.e + 4)  # at temperature 1 every other key keeps a weight of 1 / (e + 4)
     others = values.sum(1, keepdim=True) - values
     torch.testing.assert_close(interference.blended(state, keys, keys), share * values + (1 - share) / 4 * others)
+
+
+def test_tables_put_the_exact_beside_the_measured():
+    tables = [
+        interference.by_writes([1, 4], K=8, trials=300),
+        interference.by_gates([(1.0, 0.0, "decayed"), (0.5, -0.1, "raw")], n=5, K=8, trials=300),
+        interference.by_similarity([0.0, 0.5, 1.0], n=4, K=8, trials=300),
+        interference.by_count([3], K=8, trials=300, heads=2, g=-0.05),
+    ]
+    assert [len(table) for table in tables] == [2, 2, 3, 1]
+    for table in tables:
+        assert table["agrees"].all() and (table["trials"] == 300).all()
+        assert ((table["low"] <= table["measured"]) & (table["measured"] <= table["high"])).all()
+    same = lambda trials, n, generator: interference.similar_keys(trials, n, 8, 1.0, generator=generator)  # noqa: E731
+    errors = interference.simulate(same, 4, trials=300).mean(1)
+    wrong = interference.beside(errors, interference.mean_error(4, K=8), level=0.999)
+    assert not wrong["agrees"]  # one key for all values is no draw of independent keys
+
+
+def test_reads_with_other_queries_and_averaged_heads():
+    keys_for = lambda trials, n, generator: interference.orthogonal_keys(trials, n, 8, generator=generator)  # noqa: E731
+    half = lambda keys, generator: 0.5 * keys  # noqa: E731
+    errors = interference.simulate(keys_for, 3, trials=2100, queries_for=half)  # in two parts
+    assert errors.shape == (2100, 3) and float(errors.mean()) == pytest.approx(0.25, rel=0.05)
+    one, many = (interference.mean_error(20, K=16, heads=heads) for heads in (1, 10**9))
+    assert many < one and interference.capacity(K=16, error=0.25, heads=8) > interference.capacity(K=16, error=0.25)
+
+
+def test_rules_by_argmax_where_each_wins():
+    found = {
+        scenario: interference.by_rule(scenario, [12], K=16, V=32, candidates=100, trials=240).set_index("rule")[
+            "accuracy"
+        ]
+        for scenario in interference.SCENARIOS
+    }
+    distinct, twice, similar = found.values()
+    assert distinct["Hebbian"] > distinct["delta"] + 0.05
+    assert twice["delta"] > 0.95 and 0.2 < twice["Hebbian"] < 0.8  # which of two values is larger is chance
+    assert similar["delta, two passes"] > max(similar["Hebbian"], similar["delta"])
+    with pytest.raises(ValueError, match="choose from"):
+        interference.by_rule("none", [2], K=4, V=4, candidates=4, trials=10)
