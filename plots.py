@@ -147,6 +147,41 @@ def accuracies(
     return fig
 
 
+def errors(
+    table: pd.DataFrame, x: str, *, xlabel: str, by: str | None = None, also: str | None = None, log: bool = False
+) -> Figure:
+    """Measured errors with their intervals as points, the exact ones as lines. `by` gives a colour to each value of a column.
+
+    table: columns x, exact, measured, low, high (`interference.beside`), and `also`: another theory, dashed.
+    """
+    _require_columns(table, "table", [x, "exact", "measured", "low", "high", *filter(None, (by, also))])
+    fig, (ax,) = _new()
+    groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
+    for colour, (name, part) in zip(COLOURS * len(groups), groups, strict=False):
+        gap = np.stack([part["measured"] - part["low"], part["high"] - part["measured"]]).clip(min=0)
+        ax.plot(part[x], part["exact"], color=colour, lw=1.2, label=None if name else "exact")
+        ax.errorbar(
+            part[x],
+            part["measured"],
+            yerr=gap,
+            color=colour,
+            ls="",
+            marker="o",
+            ms=4,
+            capsize=3,
+            label=f"{name}" or "measured",
+        )
+        if also is not None:
+            ax.plot(part[x], part[also], color="0.4", ls="--", lw=1, label=also)
+    if log:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(set(table[x])), [f"{v:,}" for v in sorted(set(table[x]))])
+        ax.minorticks_off()
+    ax.set(xlabel=xlabel, ylabel="error, root mean square", ylim=(-0.03, None))
+    ax.legend(title=by)
+    return fig
+
+
 def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title: str = "") -> Figure:
     """One bar per row of a table with columns `label`, accuracy, low, high; the interval as a whisker."""
     _require_columns(table, "table", (label, "accuracy", "low", "high"))

@@ -292,3 +292,19 @@ def test_live_curve_without_rows_draws_nothing(screen):
 
 def test_reports_run_their_kernels_headless():
     assert report.kernel_env("smoke")["WORKBOOK_HEADLESS"] == "1"
+
+
+def test_errors_draw_the_exact_and_the_measured():
+    table = pd.DataFrame(
+        dict(writes=[1, 4, 16], exact=[0.0, 0.2, 0.5], measured=[0.0, 0.21, 0.49], notes=[0.0, 0.19, 0.5])
+    )
+    table = table.assign(low=table["measured"] - 0.01, high=table["measured"] + 0.01)
+    (ax,) = plots.errors(table, "writes", xlabel="writes", also="notes", log=True).axes
+    lines = [line.get_ydata().tolist() for line in ax.get_lines()]
+    assert table["exact"].tolist() in lines and table["notes"].tolist() in lines
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"exact", "measured", "notes"}
+    both = pd.concat([table.assign(memory="a"), table.assign(memory="b")])
+    (ax,) = plots.errors(both, "writes", xlabel="writes", by="memory").axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match="notes"):
+        plots.errors(table.drop(columns="notes"), "writes", xlabel="writes", also="notes")
