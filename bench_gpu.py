@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,22 +72,49 @@ def environment(caches: str) -> dict:
     return dict(os.environ, **folders, FLA_FLASH_QLA="0", FLA_CACHE_RESULTS="0")
 
 
-def attempt(job: dict, env: dict, *, timeout: float) -> tuple[list[dict], str, str]:
-    """The rows of one worker, how it ended if it died or hung, else "", and what it wrote to stderr."""
+class Attempt(NamedTuple):
+    """What came of one worker: its rows, what it was trying last, how it ended if it died or hung, what it wrote to stderr."""
+
+    rows: list[dict]
+    trying: dict | None
+    ending: str
+    hung: bool
+    said: str
+
+    @property
+    def error(self) -> str:
+        return f"process: {self.ending}: {(self.said.strip().splitlines()[-1:] or ['no output'])[0][:200]}"
+
+
+def attempt(job: dict, env: dict, *, timeout: float) -> Attempt:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.jsonl")
+        path, hung = Path(folder, "rows.jsonl"), False
         command = [sys.executable, str(WORKER), json.dumps(dict(job, rows=str(path)))]
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
             ending, said = f"exit status {done.returncode}" if done.returncode else "", done.stderr
         except subprocess.TimeoutExpired as late:
-            ending = f"stopped after {timeout:.0f} s"
+            ending, hung = f"stopped after {timeout:.0f} s", True
             said = late.stderr.decode(errors="replace") if late.stderr else ""
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut off
-    if not ending and not rows:
-        ending = "no rows"
-    return rows, ending, said
+    written = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut off
+    tried = [row["trying"] for row in written if "trying" in row]
+    rows = [row for row in written if "trying" not in row]
+    return Attempt(rows, tried[-1] if tried else None, ending or ("" if rows else "no rows"), hung, said)
+
+
+def who_failed(rows: list[dict], last: Attempt) -> tuple[list[dict], str | None]:
+    """Whose failure ended a worker of a grid, if anyone's, and `rows` up to its row: what others said later in the same case is
+    of a device that was lost already."""
+    if last.hung or not last.ending or last.trying is None:
+        return rows, None
+    case = last.trying["case"]
+    of_case = [row for row in rows if row["case"] == case]
+    if failed := next((row for row in of_case if row["error"]), None):
+        return rows[: rows.index(failed) + 1], failed["impl"]
+    if any(row["impl"] == last.trying["impl"] for row in of_case):
+        return rows, None  # between two attempts
+    return [*rows, dict(last.trying, bench="errors", error=last.error)], last.trying["impl"]
 
 
 def run(job: dict, env: dict, *, timeout: float, verbose: bool = False) -> list[dict]:
@@ -94,25 +122,23 @@ def run(job: dict, env: dict, *, timeout: float, verbose: bool = False) -> list[
 
     A grid of errors goes on in another process, without the implementation whose failure has ended one.
     """
-    rows, ending, said = attempt(job, env, timeout=timeout)
-    while ending and job["kind"] == "errors" and rows and rows[-1]["error"]:
-        # The first to fail in the last case; what others said after it is of a device that was lost already.
-        first = next(i for i, row in enumerate(rows) if row["error"] and row["case"] == rows[-1]["case"])
-        rows = rows[: first + 1]
-        done = len({tuple(row["case"].values()) for row in rows})
-        job = dict(job, done=done, broken=[*job.get("broken", ()), rows[-1]["impl"]])
-        more, ending, later = attempt(job, env, timeout=timeout)
-        rows, said = rows + more, said + later
-        if not more:
+    last = attempt(job, env, timeout=timeout)
+    rows, said = last.rows, last.said
+    while job["kind"] == "errors":
+        rows, failed = who_failed(rows, last)
+        if failed is None:
             break
-    if ending:
-        last = said.strip().splitlines()[-1:] or ["no output"]
+        done = len({tuple(row["case"].values()) for row in rows})
+        job = dict(job, done=done, broken=[*job.get("broken", ()), failed])
+        if done == len(bench_measure.cases(*job["widths"])):
+            last = last._replace(ending="")
+            break
+        last = attempt(job, env, timeout=timeout)
+        rows, said = rows + last.rows, said + last.said
+    if last.ending:
+        about = {key: job[key] for key in ("shape", "B", "dtype", "widths") if key in job} | dict(bench=job["kind"])
         names = job.get("impls") or [job["impl"]]
-        base = {key: job[key] for key in ("shape", "B", "dtype") if key in job} | dict(bench=job["kind"])
-        rows += [
-            dict(base, impl=name, label=bench_measure.label(name), error=f"process: {ending}: {last[0][:200]}")
-            for name in names
-        ]
+        rows += [dict(about, impl=name, label=bench_measure.label(name), error=last.error) for name in names]
     ours = [row for row in rows if row["impl"] == "ours" and (row["error"] or row.get("failed"))]
     if verbose or ours:
         print(said[-6000:], file=sys.stderr, flush=True)
@@ -197,15 +223,15 @@ def print_speed(rows: list[dict]):
     sys.stdout.flush()
 
 
-def print_kernels(rows: list[dict], *, most: int = 14):
+def print_kernels(rows: list[dict]):
     for row in rows:
         for what, kernels in (row.get("kernels") or {}).items():
             if row["impl"] == "torch":
                 continue
             total = sum(kernels.values())
-            print(f"  {row['label']} {what.replace('_', '+')}: {len(kernels)} kernels, {total:.3f} ms")
-            for name, ms in sorted(kernels.items(), key=lambda item: -item[1])[:most]:
-                print(f"    {ms:8.4f} ms {ms / total:4.0%}  {name[:100]}")
+            print(f"  {row['label']} {what.replace('_', '+')}: {total:.3f} ms")
+            for name, ms in kernels.items():
+                print(f"    {ms:8.4f} ms {ms / total:4.0%}  {name}")
     sys.stdout.flush()
 
 
@@ -248,7 +274,11 @@ def print_errors(rows: list[dict]):
     refused = {}
     for row in rows:
         if row["error"]:
-            where = bench_measure.Case(**row["case"]) if "case" in row else "all cases of one pair of widths"
+            where = (
+                bench_measure.Case(**row["case"])
+                if "case" in row
+                else "what was left of K{} V{}".format(*row["widths"])
+            )
             refused.setdefault((row["impl"], row["error"]), []).append(where)
     for (impl, error), where in refused.items():
         print(f"  {impl}: {len(where)} x {error}; first at {where[0]}")

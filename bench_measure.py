@@ -373,7 +373,8 @@ def error_grid(job: dict) -> Iterator[dict]:
     """Errors of every implementation over the cases of one pair of widths; peers in bf16 only.
 
     A peer that fails twice running is not tried again: some take a minute to fail. Where a failure has ended a process before,
-    `done` says how many cases it had tried, and `broken` whose failure it was: not tried again either.
+    `done` says how many cases it had tried, and `broken` whose failure it was: not tried again either. Before each attempt a row
+    says what is being tried.
     """
     functions, failures = {}, dict.fromkeys(job["impls"], 0)
     for case in cases(*job["widths"])[job.get("done", 0) :]:
@@ -391,6 +392,9 @@ def error_grid(job: dict) -> Iterator[dict]:
             elif failures[name] == 2 and name != "ours":
                 row["error"] = "not tried: failed twice before at these widths"
             else:
+                yield dict(
+                    trying=dict(impl=name, label=row["label"], case=row["case"])
+                )  # for who sees this process die
                 with refusals(row):
                     if name not in functions:
                         functions[name] = load(name)

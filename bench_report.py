@@ -101,7 +101,8 @@ def _identity(row: dict) -> tuple:
             return (row["B"],), row["impl"]
         case "errors":
             case = row.get("case")
-            return ((case["K"], case["V"]) if case else None,), (row["impl"], tuple(case.values()) if case else None)
+            widths = (case["K"], case["V"]) if case else tuple(row["widths"])  # of a process that died
+            return (widths,), (row["impl"], tuple(case.values()) if case else None)
         case "training":
             return tuple(row.get(name) for name in SETTINGS), row["part"]
     raise ValueError(f"bench = {row['kind']!r}: expected one of speed, first, step, errors")
@@ -264,9 +265,12 @@ def exactness(rows: list[dict], *, dtype: str = "bf16", shapes=None) -> pd.DataF
 
 
 def error_grid(rows: list[dict]) -> pd.DataFrame:
-    """Over the grid of bench_gpu.py --errors: cases, largest error of every quantity, and how often ours is above fla's."""
-    groups, ours, fla = {}, {}, {}
+    """Over the grid of bench_gpu.py --errors: cases, largest error of every quantity, how often ours is above fla's, and cases
+    in which an implementation failed."""
+    groups, ours, fla, failed = {}, {}, {}, collections.Counter()
     for row in latest(rows, "errors"):
+        if row["error"] and row.get("case"):
+            failed[row["label"], row["case"]["dtype"]] += 1
         if row.get("errors"):
             groups.setdefault((row["label"], row["case"]["dtype"]), []).append(row["errors"])
             {"ours": ours, "fla": fla}.get(row["impl"], {})[tuple(row["case"].values())] = row["errors"]
@@ -278,7 +282,10 @@ def error_grid(rows: list[dict]) -> pd.DataFrame:
         line = {"implementation": label, "dtype": dtype, "cases": len(found), **worst}
         compared = label == bench_measure.label("ours") and dtype == "bf16" and both
         line["above fla"] = f"{above} of {len(both) * len(bench_cpu.NAMES)}" if compared else ""
-        lines.append(line)
+        lines.append(line | {"failed": failed.pop((label, dtype), 0)})
+    lines += [
+        {"implementation": label, "dtype": dtype, "cases": 0, "failed": n} for (label, dtype), n in failed.items()
+    ]
     return pd.DataFrame(lines)
 
 
@@ -632,6 +639,16 @@ def losses(rows: list[dict], *, shapes=None, rate: float | None = None) -> list[
         if row["error"] or row.get("failed"):
             why = row["error"] or "; ".join(row["failed"].values())
             said.append(f"{row['label']} at {where}: {why}")
+    refused = {}
+    for row in latest(rows, "errors"):
+        if row["error"]:
+            where = str(bench_measure.Case(**row["case"])) if row.get("case") else "K{} V{}".format(*row["widths"])
+            refused.setdefault((row["label"], row["error"]), []).append(where)
+    for (label, why), where in refused.items():
+        said.append(f"{label} in the grid of errors, {len(where)} x {why}; first at {where[0]}.")
+    for row in latest(rows, "first"):
+        if row["error"]:
+            said.append(f"{row['label']}, first call: {row['error']}")
     kinds = {row["kind"] for row in rows}
     names = {"speed": "speed", "errors": "the grid of errors", "first": "first calls", "step": "generation"}
     names |= {"training": "the training step"}

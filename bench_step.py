@@ -84,9 +84,9 @@ class Bound:
 
     speed: Speed
 
-    def passes(self, numbers: float) -> float:
+    def passes(self, moved: float) -> float:
         """Reading or writing so many bytes."""
-        return numbers / self.speed.bandwidth
+        return moved / self.speed.bandwidth
 
     def product(self, m: int, k: int, n: int) -> float:
         """One product [m, k] [k, n] in bf16."""
@@ -116,8 +116,8 @@ class Bound:
     def memory(self, cfg: config.HybridConfig, M: int, reads: int) -> float:
         K, V, H = cfg.n_heads * cfg.head_dim, cfg.n_heads * cfg.value_dim, cfg.n_heads
         write = 2 * M * (K + V) + 8 * M * H  # k, v in bf16, beta and g in fp32
-        read = 2 * M * (K + V)  # q in, out out
-        return self.passes(3 * (write + reads * read))  # forward; backward: in again, and as many gradients
+        # Forward; backward: inputs again, the gradient of out in, and as many gradients as there are inputs.
+        return self.passes(3 * write + reads * 2 * M * (3 * K + 2 * V))
 
     def s_layer(self, cfg: config.HybridConfig, M: int, reads: bool) -> float:
         d, K, V = cfg.d_model, cfg.n_heads * cfg.head_dim, cfg.n_heads * cfg.value_dim

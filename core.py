@@ -257,8 +257,8 @@ def _properties(device):
     return torch.cuda.get_device_properties(device)
 
 
-def _triton_problem(device, dtype):
-    """Why the Triton kernels cannot run for `dtype` on `device`; None where they can."""
+def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the workbook's Triton kernels cannot run for `dtype` on `device`; None where they can."""
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16, no float64"
     if not HAS_TRITON:
@@ -284,13 +284,13 @@ def _choose(impl, device, dtype):
     if impl == "auto":
         if device.type != "cuda":
             return "torch", f"auto on {device.type}: the chunked PyTorch path, which runs on every device"
-        problem = _triton_problem(device, dtype)
+        problem = triton_problem(device, dtype)
         if problem is None:
             return "triton", "auto on cuda: the Triton kernels"
         return "torch", f"auto on cuda: the chunked PyTorch path, because {problem}"
     if impl not in IMPLS:
         raise ValueError(f"impl = {impl!r}: choose one of 'auto', {', '.join(map(repr, IMPLS))}")
-    problem = _triton_problem(device, dtype) if impl == "triton" else None
+    problem = triton_problem(device, dtype) if impl == "triton" else None
     if problem is not None:
         raise ValueError(f"impl = 'triton' with {dtype} on {device.type}: {problem}. 'torch' and 'auto' run everywhere")
     return impl, "named"

@@ -30,8 +30,8 @@ import torch
 from torch import library
 
 # A notebook that reloads this module gets operators of another namespace: torch 2.11 confuses them where the same names are
-# defined again. Those of before stay for graphs that hold them.
-_libraries = globals().get("_libraries", [])
+# defined again. Those of before stay for graphs that hold them. Kept where a reload, which may empty this module, does not reach.
+_libraries = vars(library).setdefault("_of_groundthink", [])
 NAMESPACE = f"groundthink_{len(_libraries)}" if _libraries else "groundthink"
 _libraries.append(library.Library(NAMESPACE, "FRAGMENT"))
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # and no subclass, which may want to see the operator

@@ -45,7 +45,9 @@ import torch
 
 import kernels_backward
 import kernels_forward
-from kernels_launch import LEAST, Launch, Launches, limits, on_device, operands, power_of_two, scratch
+from kernels_launch import LEAST, Launch, Launches, forget, limits, on_device, operands, power_of_two, scratch
+
+forget()
 
 # ------------------------------------------------------------------------------------------------ plan
 

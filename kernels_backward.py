@@ -18,6 +18,7 @@ import triton.language as tl
 
 import kernels_pieces as pieces
 
+BUILT_FROM = pieces.REVISION
 SIZES = ["T", "N", "R", "NB", "first_head"]  # one compiled kernel serves all of them
 
 

@@ -20,9 +20,9 @@ import kernels_pieces
 
 # ------------------------------------------------------------------------------------------------ what a kernel is given
 
+INTERPRETED = triton.knobs.runtime.interpret
 # With tiles of 32 columns ptxas 12.8 (Triton 3.6 and 3.7.1) loses addresses of operands of some kernels on Hopper: "A lost
 # address" in LOG.md. With those of 16 that `scan` takes it never did; other GPUs have no such operands, or another ptxas.
-INTERPRETED = triton.knobs.runtime.interpret
 LEAST = 16 if INTERPRETED else 64
 
 
@@ -88,24 +88,27 @@ def _watched():
     return bool(getattr(hook, "calls", hook))  # a chain of hooks in Triton 3.5 and later
 
 
-_built_from = kernels_pieces.REVISION
+def forget():
+    """Launch nothing as it was before: called by launchers that a notebook has reloaded, whose constants may be others now."""
+    _COMPILED.clear()
 
 
 def _follow_edits():
-    """Build all kernels anew where a notebook has reloaded the pieces: Triton would not look at those again."""
-    global _built_from
-    if _built_from is not kernels_pieces.REVISION:
-        for name in ("kernels_forward", "kernels_backward", "kernels_window"):
-            if name in sys.modules:
-                importlib.reload(sys.modules[name])
-        _COMPILED.clear()
-        _built_from = kernels_pieces.REVISION
+    """Build kernels anew where a notebook has reloaded the pieces since: Triton would not look at those again."""
+    for name in ("kernels_forward", "kernels_backward", "kernels_window"):
+        module = sys.modules.get(name)
+        if module is not None and module.BUILT_FROM is not kernels_pieces.REVISION:
+            importlib.reload(module)
+            forget()
 
 
 def _built(kernel):
     """Whether a kernel compiled, and with its launcher, for which Triton 3.6 runs a C compiler."""
-    kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
-    return kernel is not None and kernel.run is not None
+    try:
+        kernel = kernel.result(ignore_errors=True) if hasattr(kernel, "result") else kernel
+        return kernel is not None and kernel.run is not None
+    except Exception:  # noqa: BLE001 - a load without memory, more shared memory than there is: the launch will say it again
+        return False
 
 
 _gathered = contextvars.ContextVar("_gathered", default=None)
@@ -133,6 +136,7 @@ class Launches:
     def __init__(self, key, tensors, *, together=False):
         _follow_edits()
         k, self.count, self.compiled, self.together, self.waiting = tensors[0], 0, None, together, ()
+        self.gathered = _gathered.get()
         # Aligned as Triton likes it, and torch allocates.
         if (
             k.is_cuda
@@ -148,8 +152,8 @@ class Launches:
     def __call__(self, function, programs, tensors, numbers, constants):
         """Launch `function` on its tensors, then numbers. `constants` returns those of the compiler and of the launch: called
         only where the kernel may have to be compiled."""
-        if (launches := _gathered.get()) is not None:
-            launches.append((function, programs, (*tensors, *numbers), constants()))
+        if self.gathered is not None:
+            self.gathered.append((function, programs, (*tensors, *numbers), constants()))
             return
         at, self.count = self.count, self.count + 1
         if self.compiled is not None:
@@ -169,7 +173,8 @@ class Launches:
             return
         with gathered() as later:
             if then is not None:
-                then()
+                with contextlib.suppress(Exception):  # those calls will come, and say it themselves
+                    then()
         # In a context of its own: Triton stays in the mode of an interrupted compilation.
         contextvars.copy_context().run(self._compile, [*(launch for _, launch in self.waiting), *later])
         self._launch_waiting()
@@ -194,7 +199,7 @@ class Launches:
 
 
 def scratch(like: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, ...]:
-    """Float32 tensors [size] in one allocation, which takes as long as a launch: for what kernels of one call hand each other.
-    They begin where they would alone, at multiples of 512 bytes."""
+    """Float32 tensors of at least these sizes in one allocation, which takes as long as a launch: for what kernels of one call
+    hand each other. They begin where they would alone, at multiples of 512 bytes, and fill what is between."""
     sizes = [-(-size // 128) * 128 for size in sizes]
     return like.new_empty(sum(sizes), dtype=torch.float32).split_with_sizes(sizes)

@@ -30,8 +30,10 @@ import triton
 import triton.language as tl
 
 import kernels_pieces as pieces
-from kernels_launch import LEAST, Launch, Launches, limits, on_device, operands, power_of_two
+from kernels_launch import LEAST, Launch, Launches, forget, limits, on_device, operands, power_of_two
 
+forget()
+BUILT_FROM = pieces.REVISION
 # One compiled kernel serves all of them. Strides come in units of UNIT numbers, so that the compiler sees what they divide by.
 SIZES = "T tiles H window q_b q_t q_h k_b k_t k_h v_b v_t v_h d_b d_t d_h".split()
 

@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import core
+
 KEEP_ALL = ("cpu",)  # devices on which autograd keeps what it likes
 
 
-def under_transform(x: Tensor) -> bool:
-    """Is x inside torch.func.vmap or torch.func.grad, where its values cannot be looked at?"""
+def under_transform(*tensors: Tensor) -> bool:
+    """Is one of them inside torch.func.vmap or torch.func.grad, where its values cannot be looked at?"""
     # Asked of the compiler first, which cannot trace the question; it is never at work inside a transform here.
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
@@ -40,11 +42,12 @@ def full_precision(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def keeps_all(x: Tensor) -> bool:
-    """Whether operations on x keep what autograd likes: the device, a transform or the compiler says so, or no gradient."""
+def keeps_all(x: Tensor, *others: Tensor) -> bool:
+    """Whether operations on x and the others keep what autograd likes: the device of x, a transform of any of them or the
+    compiler says so, or no gradient."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.device.type in KEEP_ALL:
         return True
-    return under_transform(x)
+    return under_transform(x, *others)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +109,7 @@ def normed_linears(
     are thin: one product makes them all, so that norm(x) is read once.
     """
     watched = _watched(norm, *linears, *wide)
-    if keeps_all(x) or watched:
+    if watched or keeps_all(x, norm.weight, *(p for m in (*linears, *wide) for p in m.parameters())):
         h = norm(x)
         low = tuple(linear(h) for linear in linears)
         with full_precision(x):
@@ -160,7 +163,7 @@ def product_linear(a: Tensor, b: Tensor, linear: nn.Linear, *, silu: bool = Fals
     a and b [B, T, ...] of one dtype, broadcast against each other; what follows T is joined to the input of `linear`, which
     has no bias. Returns [B, T, n].
     """
-    if keeps_all(b) or _watched(linear):
+    if _watched(linear) or keeps_all(b, a, linear.weight):
         return linear(((F.silu(a) if silu else a) * b).flatten(2))
     dtype = matmul_dtype(b)
     with full_precision(b):
@@ -182,7 +185,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, rows, dtype, need):
         vocab, d = weight.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        fused = x.device.type == "cuda" and dtype != torch.float64
+        fused = x.device.type == "cuda" and core.triton_problem(x.device, dtype) is None
         # On a GPU rows of logits, and the rows of W that they come from, are padded to a multiple of 128: matrix products of
         # odd width are slow there.
         width = -(-vocab // 128) * 128 if fused else vocab

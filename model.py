@@ -155,8 +155,8 @@ def _has_a_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.dtype == k.dtype == v.dtype
         and q.shape == k.shape == v.shape
         and 0 < q.shape[-1] <= kernel_ops.WINDOW_WIDTH
-        and not (lean.under_transform(q) or lean.under_transform(k) or lean.under_transform(v))
-        and core._triton_problem(q.device, dtype) is None
+        and not lean.under_transform(q, k, v)
+        and core.triton_problem(q.device, dtype) is None
     )
 
 
@@ -228,7 +228,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     scored = targets != -100
     count = scored.sum().clamp_min(1)
-    if lean.under_transform(x) or targets.numel() * weight.shape[0] <= WHOLE_LOGITS:
+    if lean.under_transform(x, weight) or targets.numel() * weight.shape[0] <= WHOLE_LOGITS:
         logits = F.linear(x, weight)
         logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum") / count

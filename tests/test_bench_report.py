@@ -232,6 +232,8 @@ def mentioned(key, functions):
 def launched(key, functions):
     """Names of the kernels that a launcher, or what it calls in its own module, mentions."""
     for other in mentioned(key, functions):
+        if other == ("kernels", "_what_follows"):  # compiled along, not launched
+            continue
         if other[0] == "kernels":
             yield from launched(other, functions)
         else:
@@ -438,3 +440,19 @@ def test_live_rows_on_the_gpu():
     rows = bench_report.live(Shape(1, 128, 2, 64, 64), pairs=3)
     assert [row["impl"] for row in rows] == ["ours", "torch"] and {row["run"] for row in rows} == {0}
     assert isinstance(bench_report.times(rows), pd.DataFrame) and rows[0]["device"] == torch.cuda.get_device_name(0)
+
+
+def test_failures_of_ours_are_said():
+    case = bench_measure.Case(64, 128, T=65)._asdict()
+    common = dict(impl="ours", label="ours", gpu="GPU", versions={}, revision="r", date="2026-01-01T00:00:00Z")
+    rows = [
+        dict(common, bench="errors", case=case, error="RuntimeError: illegal access"),
+        dict(common, bench="errors", widths=[16, 16], error="process: stopped after 9 s: no output"),
+        dict(common, bench="first", error="process: exit status 1: no output"),
+    ]
+    rows = bench_report.arrange(rows)
+    said = " ".join(bench_report.losses(rows, shapes=[]))
+    assert "illegal access; first at K64 V128 T65" in said and "stopped after 9 s" in said and "K16 V16" in said
+    assert "first call: process: exit status 1" in said
+    table = bench_report.error_grid(rows).set_index(["implementation", "dtype"])
+    assert table.loc[("ours", "bf16"), "failed"] == 1 and table.loc[("ours", "bf16"), "cases"] == 0

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import bench_measure
 import bench_step
 import config
 import core
@@ -64,3 +65,5 @@ def test_flops_and_bounds_of_the_33m_model():
     assert 1e3 * bound.loss(cfg, tokens) == pytest.approx(3 * 0.843 / 0.79 + 2 * 1.647 / 3.0, rel=0.05)
     assert 1e3 * bound.optimizer(33_217_560) == pytest.approx(0.31, abs=0.01)
     assert bound.memory(cfg, 2 * tokens, 2) == pytest.approx(2 * bound.memory(cfg, tokens, 2))
+    moved = bench_measure.moved_bytes(bench_measure.Shape(8, 2048, 8, 64, 128), torch.bfloat16)["forward_backward"]
+    assert bound.memory(cfg, tokens, 1) == pytest.approx(moved / SPEED.bandwidth)

@@ -282,12 +282,29 @@ def case_edited_pieces():
     same(everything(through_rule, "triton", x), before)
     assert kernels.kernels_forward.walk is not walk
     same(everything(through_rule, "triton", x), before)
+    walk = kernels.kernels_forward.walk
+    importlib.reload(sys.modules["kernels_pieces"])
+    importlib.reload(sys.modules["kernels_launch"])  # both at once, as after a branch is switched
+    same(everything(through_rule, "triton", x), before)
+    assert kernels.kernels_forward.walk is not walk
+
+
+def case_edited_launchers():
+    """What was compiled for launchers of before is not launched again: their plans, and the numbers of these, may be others."""
+    kernels, compiled = kernel_ops._kernels(), sys.modules["kernels_launch"]._COMPILED
+    compiled["write", 3, 0] = {}
+    importlib.reload(kernels)
+    assert kernels.plan(20, 64, 128, torch.bfloat16).code == 0, "the numbers of plans begin again"
+    assert not compiled
 
 
 def case_reloaded():
     """As a notebook's autoreload does after an edit: the operators are defined anew, in the module that others hold."""
     x = inputs(SIZES[0])
     before = everything(through_memory, "triton", x)
+    kept = {name: value for name, value in vars(kernel_ops).items() if name in ("__name__", "__loader__", "__spec__")}
+    vars(kernel_ops).clear()  # as IPython does
+    vars(kernel_ops).update(kept)
     importlib.reload(kernel_ops)
     same(everything(through_memory, "triton", x), before)
     given = vmap(lambda v: core.delta_rule(*list(x.values())[:2], v, x["beta"], x["g"], impl="triton").out)(

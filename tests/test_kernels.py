@@ -331,7 +331,7 @@ def waiting(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     launched = []
 
-    def first_call(compile, finish=lambda kernel: None):
+    def first_call(compile, finish=lambda kernel: None, then=None):
         class Kernel:
             device_caches, arg_names = {0: "what Triton keeps, errors too"}, ()
 
@@ -346,7 +346,7 @@ def waiting(monkeypatch):
         run.compiled, run.device = {}, 0
         run(Kernel(), 1, (), (), dict)
         assert len(launched) == before
-        run.finish()
+        run.finish(then)
 
     return types.SimpleNamespace(first_call=first_call, launched=launched, mode=mode.active_mode)
 
@@ -364,6 +364,38 @@ def test_a_failed_compilation_is_tried_again(waiting):
 
     waiting.first_call(full)  # the launch, which is a stand-in here, would compile again
     assert waiting.launched[1:] == [{}]
+
+
+def test_a_kernel_that_cannot_be_loaded_is_tried_again(waiting):
+    class Unloadable:
+        @property
+        def run(self):
+            raise RuntimeError("out of memory")
+
+    waiting.first_call(Unloadable)
+    assert waiting.launched == [{}]
+
+
+def test_what_is_compiled_along_never_fails_a_call(waiting):
+    """Neither what gathers it nor its compilation: the call it is meant for will say what is wrong."""
+    import kernels_launch
+
+    def no_memory():
+        raise torch.OutOfMemoryError("no memory")
+
+    waiting.first_call(stand_in, then=no_memory)
+
+    def not_compiling():
+        class Later:
+            device_caches, arg_names = {0: "later"}, ()
+
+            def warmup(self, grid):
+                return waiting.mode.get().submit("another key", no_memory, lambda kernel: None)
+
+        kernels_launch.Launches(("later",), (torch.zeros(1),))(Later(), 1, (), (), dict)
+
+    waiting.first_call(stand_in, then=not_compiling)
+    assert waiting.launched == [{0: "what Triton keeps, errors too"}] * 2
 
 
 def test_an_interrupted_compilation_leaves_nothing_behind(waiting):

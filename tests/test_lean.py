@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import config
+import core
 import lean
 import model
 
@@ -99,6 +100,26 @@ def test_hooks_see_every_module(monkeypatch):
         net(x, x).loss.backward()
         hook.remove()
         assert len(seen) == 1, name
+
+
+def test_transforms_of_the_weights_alone(monkeypatch):
+    """As with frozen embeddings: the input is a plain tensor, its layer's weights are not."""
+    monkeypatch.setattr(lean, "KEEP_ALL", ())
+    norm, one, thin = torch.nn.RMSNorm(8), torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 2)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(weights):
+        with torch.nn.utils.stateless._reparametrize_module(layers, weights):
+            a, b = lean.normed_linears(x, norm, [one], wide=[thin])
+            return a.sum() + b.square().sum() + lean.product_linear(x, x, last).sum()
+
+    last = torch.nn.Linear(8, 5, bias=False)
+    layers = torch.nn.ModuleList([norm, one, thin, last])
+    weights = {name: p.detach() for name, p in layers.named_parameters()}
+    found = torch.func.grad(run)(weights)
+    run(dict(layers.named_parameters())).backward()
+    for name, p in layers.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
 
 
 def test_compiled_layers_give_the_same_without_a_break():
@@ -232,6 +253,16 @@ def test_loss_on_gpu(capture):
         got = ours()
     for mine, true in zip(got, expected, strict=True):
         assert (mine.double() - true).norm() / true.norm() < 6e-3
+
+
+@pytest.mark.gpu
+def test_loss_on_a_gpu_that_runs_no_triton(monkeypatch):
+    x, weight = (torch.randn(n, 16, device="cuda", requires_grad=True) for n in (40, 30))
+    targets = torch.arange(40, device="cuda") % 30
+    expected = lean.CrossEntropy.apply(x, weight, targets, 16, torch.float32, True)
+    monkeypatch.setattr(core, "triton_problem", lambda device, dtype: "not installed")
+    monkeypatch.setitem(sys.modules, "kernels_loss", None)
+    torch.testing.assert_close(lean.CrossEntropy.apply(x, weight, targets, 16, torch.float32, True), expected)
 
 
 @pytest.mark.gpu
