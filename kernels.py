@@ -184,7 +184,11 @@ def write(
     saves: bool,
     readable: bool,
 ) -> Written:
-    """Write a memory and, with q, read it. `saves` keeps what `write_backward` needs, `readable` what `read` needs."""
+    """Write a memory and, with q, read it. `saves` keeps what `write_backward` needs, `readable` what `read` needs.
+
+    q, k [B, T, H, K], v [B, T, H, V] of one dtype, float32, bfloat16 or float16; beta, g [B, T, H] in it or in float32; S0
+    [B, H, K, V] float32 or None. All row-major and checked: by `core`, and made so by `kernel_ops`.
+    """
     B, T, H, K = k.shape
     V = v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
@@ -339,7 +343,10 @@ def write_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients (dq, dk, dv, d_beta, dg, dS0) of `write`, from those of out, of the last state, and of later reads.
 
-    d_new_v [B, T, H, V] and d_states [B, N, H, K, V], float32, are what `read_backward` returns, added up over reads.
+    Arguments as `write` took them and, from gates to maps, as `Written` has them. d_out [B, T, H, V] in the dtype of v; d_state
+    [B, H, K, V] float32; d_new_v [B, T, H, V] and d_states [B, N, H, K, V], float32, are what `read_backward` returns, added up
+    over reads; None for those that do not come. Each gradient has shape and dtype of what it is the gradient of, dS0 float32;
+    None for dq without q or d_out, and for dS0 without S0.
     """
     B, T, H, K = k.shape
     V = v.shape[-1]
@@ -441,7 +448,10 @@ def read(
     norm_q: bool,
     norm_k: bool,
 ) -> torch.Tensor:
-    """A further read of a memory written with `readable=True`: out [B, T, H, V] in the dtype of q."""
+    """A further read of a memory written with `readable=True`: out [B, T, H, V] in the dtype of q.
+
+    q [B, T, H, K] in the dtype of k, row-major; the rest as `write` took and returned it.
+    """
     B, T, H, K = k.shape
     V = new_v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))
@@ -473,7 +483,10 @@ def read_backward(
     norm_q: bool,
     norm_k: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients (dq, dk, dg, d_new_v, d_states) of `read`; the last two, float32, go to `write_backward`."""
+    """Gradients (dq, dk, dg, d_new_v, d_states) of `read`; the last two, float32, go to `write_backward`.
+
+    d_out [B, T, H, V] in the dtype of q; g and the rest as `write` took and returned it.
+    """
     B, T, H, K = k.shape
     V = new_v.shape[-1]
     p = plan(T, K, V, k.dtype, *limits(k.device))

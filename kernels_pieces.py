@@ -230,7 +230,7 @@ def new_values(k16, S16, X, values, strength, recall, OP: tl.constexpr, PREC: tl
 
 @triton.jit
 def key_sums(dPt, k16, q16, norm_q, PREC: tl.constexpr, NORM_Q: tl.constexpr):
-    """k_j . sum_i dPt[j, i] q_i of every key, from the rounded dPt [C, C] that dq took.
+    """k_j . sum_i dPt[j, i] norm_q_i q_i of every key, from the rounded dPt [C, C] that dq took, with 1 / |k_j| in it.
 
     dg is the sum of q . dq - k . dk over this token and all later ones. Pairs of a query and a key that both come later, and a
     token's own, must cancel in it, and where decay is fast nearly all of P is such pairs: two roundings of dP would leave their

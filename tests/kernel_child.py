@@ -189,6 +189,10 @@ CASES = {
     "fast decay, raw, two reads": Case((1, 70, 1, 32, 32), decay=4.0, erase="raw", reads=2, start=False),
     "fast decay, normalised": Case((1, 70, 1, 32, 32), scale_keys, decay=4.0, normalize=True, start=False, dtypes=F16),
     "fast decay, normalised, two reads": Case((1, 70, 1, 32, 32), scale_keys, decay=4.0, normalize=True, reads=2, start=False),
+    "wide keys, normalised, raw, two reads": Case(
+        (1, 50, 1, 72, 32), scale_keys, normalize=True, erase="raw", reads=2, cotangents=(0.01, 0.01), tiles=(16, 2, 32)
+    ),  # cotangents: gradients of keys of no length are large
+    "wide keys, never read": Case((1, 40, 1, 72, 32), reads=0, tiles=(16, 2, 32), dtypes=F16),
     "fast decay, wide keys": Case((1, 70, 1, 72, 64), decay=4.0, scale=1.0, start=False, tiles=(64, 2, 32), dtypes=F16),
     "strong decay": Case((1, 40, 1, 16, 16), fill_gates(-50.0), noise=("d_g", "d_initial_state")),
     "strong decay, raw": Case((1, 40, 1, 16, 16), fill_gates(-50.0), erase="raw", noise=("d_g",), dtypes=F32),

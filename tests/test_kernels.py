@@ -435,11 +435,14 @@ def test_compiles_for_float32(compiler, T):
     check_fits(90, launches(90, 32, 32, torch.float32, T=T, later=False))
 
 
-# Where shared memory is scarcest, or the tensor memory of sm_100: architecture, K, V, dtype, and the kernels that hold the most.
+# Where shared memory is scarcest, or the tensor memory of sm_100, and what runs for keys wider than 64 alone: architecture, K, V,
+# dtype, and the kernels that hold the most.
 SCARCE = (
     (86, 64, 128, torch.bfloat16, None),
     (86, 256, 256, torch.float32, ("walk", "walk_back")),
-    (80, 128, 128, torch.bfloat16, ("walk_back",)),
+    (80, 128, 128, torch.bfloat16, ("walk_back", "gradients_wide")),
+    (90, 128, 128, torch.bfloat16, ("gradients_wide",)),
+    (100, 128, 128, torch.bfloat16, ("gradients_wide",)),
     (90, 256, 256, torch.bfloat16, ("scan",)),
     (100, 256, 256, torch.float32, ("walk_back",)),
 )
