@@ -327,31 +327,32 @@ def by_rule(
     if scenario not in SCENARIOS:
         raise ValueError(f"scenario = {scenario!r}: choose from {SCENARIOS}")
     gen, lines = torch.Generator().manual_seed(seed), []
+    pool = random_values(1, candidates, V, generator=gen)[0].to(device, torch.float32)
     for n in counts:
-        right = {"Hebbian": [], "delta": [], "delta, two passes": []}
-        rows = max(10, -(-trials // n))  # memories; reads of one share its keys
-        for _ in range(rows):
-            held = n // 2 if scenario == SCENARIOS[1] else n
+        held = n // 2 if scenario == SCENARIOS[1] else n
+        rows, right = max(10, -(-trials // held)), {"Hebbian": [], "delta": [], "delta, two passes": []}
+        step = max(1, 2**25 // (held * candidates))  # memories at once: their scores of all candidates fill memory
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
             if scenario == SCENARIOS[2]:
-                keys = similar_keys(1, held, K, 0.5, generator=gen)
+                keys = similar_keys(count, held, K, 0.5, generator=gen)
             else:
-                keys = random_keys(1, held, K, generator=gen)
+                keys = random_keys(count, held, K, generator=gen)
             if scenario == SCENARIOS[1]:
                 keys = keys.repeat(1, 2, 1)
-            pool = random_values(1, candidates, V, generator=gen)[0].to(device, torch.float32)
-            keys, answers = (
-                keys.to(device, torch.float32),
-                torch.arange(keys.shape[1] - held, keys.shape[1], device=device),
-            )
-            values = pool[None, : keys.shape[1]]
+            written = (
+                torch.rand(count, candidates, generator=gen).topk(keys.shape[1]).indices.to(device)
+            )  # all different
+            keys, values = keys.to(device, torch.float32), pool[written]
             states = {
                 "Hebbian": hebbian(keys, values),
                 "delta": write(keys, values),
                 "delta, two passes": write(keys, values, passes=2),
             }
             for rule, state in states.items():
-                right[rule].append((recalled(state, keys[:, answers], pool)[0] == answers).cpu().numpy())
+                right[rule].append((recalled(state, keys[:, -held:], pool) == written[:, -held:]).cpu().numpy())
         for rule, found in right.items():
-            rate = analysis.Rate.of(np.concatenate(found), np.repeat(np.arange(rows), [len(x) for x in found]))
+            correct = np.concatenate(found)
+            rate = analysis.Rate.of(correct.ravel(), np.repeat(np.arange(rows), held))
             lines.append(dict(scenario=scenario, writes=n, rule=rule, chance=1 / candidates, **rate.row()))
     return pd.DataFrame(lines)
