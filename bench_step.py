@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bench_measure
+import chunked
 import config
 import core
 import model
@@ -234,7 +235,8 @@ def memory_write(name: str) -> Callable | str:
     return theirs
 
 
-class _Through(torch.autograd.Function):
+@chunked.applied
+class _through(torch.autograd.Function):
     """Costs nothing: returns the tensor at `which`, and as gradients of all tensors tensors of their shapes."""
 
     @staticmethod
@@ -257,7 +259,7 @@ class _FreeMemory:
 
     def read(self, q, scale=1.0, *, normalize=False):
         k, v, beta, g = self._written
-        return _Through.apply(2, q, k, v, beta, g)
+        return _through(2, q, k, v, beta, g)
 
 
 def _free_write(
@@ -270,7 +272,7 @@ def _free_write(
 
 
 def _free_attention(q, k, v, window, past):
-    return _Through.apply(0, q, k, v)
+    return _through(0, q, k, v)
 
 
 @contextlib.contextmanager

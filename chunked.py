@@ -12,13 +12,15 @@ so only the two products with S wait for the chunk before. With erase="raw" toke
 token i - 1 only: gc_i becomes gc_{i-1} in L and in front of k S, and nothing is divided by a decay that may have underflowed.
 
 Written as two autograd functions with hand-written backwards, because autograd's own would keep a dozen tensors of this
-size: Write maps (k, v, beta, g, S0) to (new_v, states, T), Read adds the queries. Both keep their inputs and outputs and
+size: `write` maps (k, v, beta, g, S0) to (new_v, states, T), `read` adds the queries. Both keep their inputs and outputs and
 rebuild the rest. What lies between is laid out chunks first, [N, B H, C, *], so that the chunks of one step of the chain
 lie together, and is built for a group of chunks at a time: on a CPU a group fits in cache, where fresh memory, every page
 of which costs a fault, would take longer to come by than the arithmetic.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -289,12 +291,18 @@ def _folds_members(inputs, outputs):
             return (tuple(results), outputs) if many else (results[0], outputs[0])
 
         cls.vmap = staticmethod(vmap)
-        return cls
+        return applied(cls)
 
     return decorate
 
 
-class _NoBackward(torch.autograd.Function):
+def applied(cls: type[torch.autograd.Function]) -> Callable:
+    """`cls.apply`, in place of the class: IPython's autoreload walks the classes of a module it reloads, attribute by attribute,
+    and from one of these, whose `_backward_cls` leads back to it, never returns."""
+    return cls.apply
+
+
+class _NoBackward:
     """A function that vmap folds and nothing differentiates: the backwards, and the forward that keeps nothing for one."""
 
     @staticmethod
@@ -307,24 +315,24 @@ class _NoBackward(torch.autograd.Function):
 
 
 @_folds_members(inputs=(0, 0, 0, 0, 1, 1, 1, 1, 1, 0), outputs=(0, 0, 0, 0, 0))
-class _WriteBackward(_NoBackward):
+class _differentiate_write(_NoBackward, torch.autograd.Function):
     forward = staticmethod(_write_backward)
 
 
 @_folds_members(inputs=(0, 0, 0, 1, 1, 0), outputs=(0, 0, 0, 1, 1))
-class _ReadBackward(_NoBackward):
+class _differentiate_read(_NoBackward, torch.autograd.Function):
     forward = staticmethod(_read_backward)
 
 
 @_folds_members(inputs=(0, 0, 0, 0, 0, 0), outputs=(0, 0))
-class Both(_NoBackward):
+class both(_NoBackward, torch.autograd.Function):
     """(q, k, v, beta, g, S0) to out [B, T, H, V] and the last state [B, H, K, V], where no gradient is wanted."""
 
     forward = staticmethod(_both_forward)
 
 
 @_folds_members(inputs=(0, 0, 0, 0, 0), outputs=(1, 1, 0, 1))
-class Write(torch.autograd.Function):
+class write(torch.autograd.Function):
     """(k, v, beta, g, S0) to new_v [N, B H, C, V], states [N + 1, B H, K, V], the last again [B, H, K, V], T [N, B H, C, C]."""
 
     forward = staticmethod(_write_forward)
@@ -346,12 +354,12 @@ class Write(torch.autograd.Function):
         if d_last is None:
             d_last = states.new_zeros(ctx.last_shape)
         with full_precision(d_last.device):
-            *grads, dS = _WriteBackward.apply(*ctx.saved_tensors, d_new_v, d_states, d_last, ctx.C, ctx.raw)
+            *grads, dS = _differentiate_write(*ctx.saved_tensors, d_new_v, d_states, d_last, ctx.C, ctx.raw)
         return *grads, dS if ctx.has_entry else None, None, None
 
 
 @_folds_members(inputs=(0, 0, 0, 1, 1), outputs=(0,))
-class Read(torch.autograd.Function):
+class read(torch.autograd.Function):
     """(q, k, g, new_v, states) to out [B, T, H, V]."""
 
     forward = staticmethod(_read_forward)
@@ -364,4 +372,4 @@ class Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         with full_precision(d_out.device):
-            return *_ReadBackward.apply(*ctx.saved_tensors, d_out, ctx.scale, ctx.C), None, None
+            return *_differentiate_read(*ctx.saved_tensors, d_out, ctx.scale, ctx.C), None, None

@@ -126,12 +126,12 @@ class _ChunkedMemory(Memory):
     def __init__(self, k, v, beta, g, initial_state, raw, normalize, chunk_size):
         self._k, self._g = k, g
         self._keys, self._chunk = _unit(k) if normalize else k, min(chunk_size, k.shape[1])
-        written = chunked.Write.apply(self._keys, v, beta, g, initial_state, self._chunk, raw)
+        written = chunked.write(self._keys, v, beta, g, initial_state, self._chunk, raw)
         self._new_v, self._states, self.state, _ = written
 
     def _read(self, q, scale, normalize):
         q_ = _unit(q) if normalize else q
-        return chunked.Read.apply(q_, self._keys, self._g, self._new_v, self._states, scale, self._chunk).to(q.dtype)
+        return chunked.read(q_, self._keys, self._g, self._new_v, self._states, scale, self._chunk).to(q.dtype)
 
 
 class _TritonMemory(Memory):
@@ -374,7 +374,7 @@ def delta_rule(
         if name == "torch" and not torch.is_grad_enabled():
             q, k = (_unit(q), _unit(k)) if normalize_qk else (q, k)
             chunk = min(chunk_size, k.shape[1])
-            return DeltaOutput(*chunked.Both.apply(q, k, v, beta, g, initial_state, scale, chunk, raw))
+            return DeltaOutput(*chunked.both(q, k, v, beta, g, initial_state, scale, chunk, raw))
         memory = IMPLS[name](k, v, beta, g, initial_state, raw, normalize_qk, chunk_size)
         return DeltaOutput(memory._read(q, scale, normalize_qk), memory.state)
 

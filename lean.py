@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import chunked
 import core
 
 KEEP_ALL = ("cpu",)  # devices on which autograd keeps what it likes
@@ -55,7 +56,8 @@ def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return (dy.flatten(0, -2).mT @ x.flatten(0, -2)).to(dtype)
 
 
-class _NormedLinears(torch.autograd.Function):
+@chunked.applied
+class _products_of_normed(torch.autograd.Function):
     """(x, scale, eps, dtype, n, weights) to rms_norm(x) w^T: the first n weights in `dtype`, the others in fp32 or wider."""
 
     @staticmethod
@@ -120,7 +122,7 @@ def normed_linears(
     dtype = matmul_dtype(x)
     with full_precision(x):
         weights = [m.weight for m in linears] + ([torch.cat([m.weight for m in wide])] if wide else [])
-        products = _NormedLinears.apply(x, norm.weight, norm.eps, dtype, len(linears), *weights)
+        products = _products_of_normed(x, norm.weight, norm.eps, dtype, len(linears), *weights)
         low = tuple(_with_bias(y, linear) for y, linear in zip(products, linears, strict=False))
         return *low, *(_parts(products[-1], wide) if wide else ())
 
@@ -131,7 +133,8 @@ def _parts(y: Tensor, linears) -> tuple[Tensor, ...]:
     return tuple(_with_bias(part, linear) for part, linear in zip(parts, linears, strict=True))
 
 
-class _ProductLinear(torch.autograd.Function):
+@chunked.applied
+class _linear_of_product(torch.autograd.Function):
     """(a, b, weight, silu) to (a * b) w^T, or (silu(a) * b) w^T; the last axes of a * b are joined to the width of w."""
 
     @staticmethod
@@ -167,13 +170,14 @@ def product_linear(a: Tensor, b: Tensor, linear: nn.Linear, *, silu: bool = Fals
         return linear(((F.silu(a) if silu else a) * b).flatten(2))
     dtype = matmul_dtype(b)
     with full_precision(b):
-        return _ProductLinear.apply(a.to(dtype), b.to(dtype), linear.weight, silu)
+        return _linear_of_product(a.to(dtype), b.to(dtype), linear.weight, silu)
 
 
 # ------------------------------------------------------------------------------------------------ loss
 
 
-class CrossEntropy(torch.autograd.Function):
+@chunked.applied
+class summed_cross_entropy(torch.autograd.Function):
     """Sum over rows of cross-entropy(x W^T, target) that never holds more than `rows` rows of logits; -100 scores nothing.
 
     Both gradients are formed on the way forward, part by part; W's accumulates in fp32 whatever the matmul dtype. The loss

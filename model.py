@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import chunked
 import config
 import core
 import kernel_ops
@@ -29,8 +30,6 @@ SHUT = 2.0**-24
 WHOLE_LOGITS = 2**24
 # Rows per attention call: the CUDA kernels take a batch of at most 65,535.
 SDPA_ROWS = 2**15
-
-_LeanCrossEntropy = lean.CrossEntropy
 
 
 class Output(NamedTuple):
@@ -73,7 +72,8 @@ class HybridState(NamedTuple):
 # ------------------------------------------------------------------------------------------------ small parts
 
 
-class _Clamp01(torch.autograd.Function):
+@chunked.applied
+class _clamp01(torch.autograd.Function):
     """clamp(x, 0, 1) whose gradient is kept wherever it would move x back inside: a shut gate can open again."""
 
     generate_vmap_rule = True
@@ -96,7 +96,7 @@ class _Clamp01(torch.autograd.Function):
 
 def hard_sigmoid(logit: Tensor) -> Tensor:
     """clamp(1.2 sigmoid(logit) - 0.1, 0, 1): exactly 0 below logit -2.4, exactly 1 above 2.4, and able to come back."""
-    return _Clamp01.apply(1.2 * torch.sigmoid(logit) - 0.1)
+    return _clamp01(1.2 * torch.sigmoid(logit) - 0.1)
 
 
 def rope(x: Tensor, position: int, base: float) -> Tensor:
@@ -244,7 +244,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     dtype = lean.matmul_dtype(x)
     with lean.full_precision(x):
-        return _LeanCrossEntropy.apply(x, weight, targets, rows, dtype, need) / count
+        return lean.summed_cross_entropy(x, weight, targets, rows, dtype, need) / count
 
 
 # ------------------------------------------------------------------------------------------------ layers

@@ -194,7 +194,7 @@ def test_rules_by_argmax_where_each_wins():
     }
     distinct, twice, similar = found.values()
     assert distinct["Hebbian"] > distinct["delta"] + 0.05
-    assert twice["delta"] > 0.95 and 0.2 < twice["Hebbian"] < 0.8  # which of two values is larger is chance
+    assert twice["delta"] > 0.9 and 0.2 < twice["Hebbian"] < 0.8  # which of two values is larger is chance
     assert similar["delta, two passes"] > max(similar["Hebbian"], similar["delta"])
     with pytest.raises(ValueError, match="choose from"):
         interference.by_rule("none", [2], K=4, V=4, candidates=4, trials=10)

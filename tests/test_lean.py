@@ -146,7 +146,7 @@ def test_unscored_rows_count_for_nothing():
     results = []
     for rows, targets in ((x, y), (x[y != -100], y[y != -100])):
         rows, weight = rows.clone().requires_grad_(), w.clone().requires_grad_()
-        loss = lean.CrossEntropy.apply(rows, weight, targets, 4, torch.float64, True)
+        loss = lean.summed_cross_entropy(rows, weight, targets, 4, torch.float64, True)
         dx, dw = torch.autograd.grad(loss, (rows, weight))
         results.append((loss.detach(), dx if len(dx) < 9 else dx[y != -100], dw))
         assert len(dx) < 9 or (dx[y == -100] == 0).all()
@@ -157,7 +157,7 @@ def test_unscored_rows_count_for_nothing():
 def test_a_second_backward_of_the_loss_is_refused():
     """Its gradients are scaled where they lie."""
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    loss = lean.CrossEntropy.apply(x, w, torch.tensor([0, 1, 2]), 2, torch.float32, True)
+    loss = lean.summed_cross_entropy(x, w, torch.tensor([0, 1, 2]), 2, torch.float32, True)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -259,10 +259,10 @@ def test_loss_on_gpu(capture):
 def test_loss_on_a_gpu_that_runs_no_triton(monkeypatch):
     x, weight = (torch.randn(n, 16, device="cuda", requires_grad=True) for n in (40, 30))
     targets = torch.arange(40, device="cuda") % 30
-    expected = lean.CrossEntropy.apply(x, weight, targets, 16, torch.float32, True)
+    expected = lean.summed_cross_entropy(x, weight, targets, 16, torch.float32, True)
     monkeypatch.setattr(core, "triton_problem", lambda device, dtype: "not installed")
     monkeypatch.setitem(sys.modules, "kernels_loss", None)
-    torch.testing.assert_close(lean.CrossEntropy.apply(x, weight, targets, 16, torch.float32, True), expected)
+    torch.testing.assert_close(lean.summed_cross_entropy(x, weight, targets, 16, torch.float32, True), expected)
 
 
 @pytest.mark.gpu
