@@ -18,11 +18,11 @@ help:
 	@echo "make report   run the notebooks (full on a CUDA GPU, else smoke) and write reports/index.html"
 	@echo "make test     lint, tests, and every notebook in the smoke profile"
 	@echo "make test-gpu the tests that need a CUDA GPU; their outcome goes to results/gpu_tests.jsonl"
-	@echo "make lab      JupyterLab on notebooks/00_start_here.ipynb"
+	@echo "make lab      JupyterLab on notebooks/00_start_here.ipynb (as root: LAB_ARGS=--allow-root)"
 	@echo "make bench    time the delta rule on this machine: on the CPU and, where there is one, on the GPU"
 	@echo "make format   fix what ruff can fix"
 	@echo "make clean    remove reports and caches (keeps $(VENV), runs/ and results/)"
-	@echo "Some notebooks only: make report NOTEBOOKS=\"00 02\".  Another Python: make report PYTHON=python3.12"
+	@echo "Some notebooks only: make report NOTEBOOKS=\"00 02\".  Another Python: rm -r $(VENV), then make report PYTHON=python3.12"
 
 # The stamp is written last, so an install that was cut off is taken up again. All that pip says is in the log; what is
 # shown is one line that moves. `sh` has no pipefail: pip's status travels through the pipe as its last line.
@@ -69,11 +69,11 @@ test: $(VENV)/.stamp
 
 # CI has no GPU: what these found is a line of results/gpu_tests.jsonl, with revision, device and versions.
 test-gpu: $(VENV)/.stamp
-	$(BIN)/python -m pytest -m gpu --record results/gpu_tests.jsonl
+	$(BIN)/python -m pytest -m gpu --record=results/gpu_tests.jsonl
 
 # The server listens on this machine alone and asks for the token that is in the address it prints.
 lab: $(VENV)/.stamp
-	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m jupyter lab --ip=127.0.0.1 notebooks/00_start_here.ipynb
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python -m jupyter lab --ip=127.0.0.1 $(LAB_ARGS) notebooks/00_start_here.ipynb
 
 bench: $(VENV)/.stamp
 	$(BIN)/python bench_cpu.py

@@ -198,6 +198,9 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    for name, least in (("pairs", 6), ("threads", 1)):  # 6: below, no order statistic bounds a median with 95%
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least {least}")
     if args.peak:
         print(json.dumps(peak_here(*args.peak, args.threads)))
         return

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -579,17 +580,25 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="a model of 32 channels instead, 2 x 64 tokens")
     parser.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of each (default 2048)")
-    parser.add_argument(
-        "--memory-op", choices=("ours", "torch", "fla"), default="ours", help="what runs the delta rule"
-    )
+    choices, best = ("ours", "torch", "fla"), "ours" if torch.cuda.is_available() else "torch"
+    parser.add_argument("--memory-op", choices=choices, default=best, help="what runs the delta rule (ours on a GPU)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the layers")
     parser.add_argument("--graph", action="store_true", help="capture the whole step as one CUDA graph")
     parser.add_argument("--repeats", type=int, default=20, help="steps timed (default 20)")
     parser.add_argument("--out", help="append the rows to this file, as JSON lines")
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    try:
+        config.preset(args.preset)
+    except ValueError as error:
+        parser.error(f"--preset: {error}")
+    for name in ("batch", "length", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    return args
 
 
-def main(given: list[str] | None = None) -> None:
+def main(given: list[str] | None = None) -> int:
+    """0 where a step was measured, else 1."""
     args = arguments(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.graph and device.type != "cuda":
@@ -624,7 +633,8 @@ def main(given: list[str] | None = None) -> None:
     if args.out:
         with open(args.out, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+    return 1 if isinstance(write, str) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -161,16 +161,21 @@ def _check_tensor(name, x, letters, shape, dtypes, device):
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor {letters}, given {type(x).__name__}")
     if x.shape != shape:  # a tuple or a torch.Size, which compares like one
-        raise ValueError(f"{name}: expected shape {letters} = {tuple(shape)}, given {tuple(x.shape)}")
+        heads = x.dim() == len(shape) == 4 and x.shape[:2] == shape[:2] and x.shape[2] != shape[2]
+        hint = "; q, k and v have as many heads: repeat_interleave those that are shared" if heads else ""
+        raise ValueError(f"{name}: expected shape {letters} = {tuple(shape)}, given {tuple(x.shape)}{hint}")
     if x.dtype not in dtypes:
-        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, given {x.dtype}")
+        raise ValueError(
+            f"{name}: expected dtype {' or '.join(map(str, dtypes))}, given {x.dtype}; the dtype of k decides"
+        )
     if x.device != device:
         raise ValueError(f"{name}: expected device {device}, that of k, given {x.device}")
 
 
 def _check_scale(scale):
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
-        raise ValueError(f"scale = {scale!r}: expected a finite number")
+        hint = ", such as 1.0 or K ** -0.5" if scale is None else ""
+        raise ValueError(f"scale = {scale!r}: expected a finite number{hint}")
 
 
 def _check_flag(name, x):
@@ -264,10 +269,15 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed: `pip install triton` (Linux only)"
     if INTERPRETED and device.type in ("cpu", "cuda"):
-        return None
+        return (
+            "Triton's interpreter computes bfloat16 wrongly: take float32 or float16"
+            if dtype == torch.bfloat16
+            else None
+        )
     if device.type != "cuda":
         interpreter = "; TRITON_INTERPRET=1, set before Python starts, runs them in Triton's interpreter, slowly"
-        return f"the Triton kernels need an NVIDIA GPU{interpreter if device.type == 'cpu' else ''}"
+        able = device.type == "cpu" and dtype != torch.bfloat16
+        return f"the Triton kernels need an NVIDIA GPU{interpreter if able else ''}"
     try:
         # Dynamo looks at no cache.
         gpu = torch.cuda.get_device_properties(device) if torch.compiler.is_compiling() else _properties(device)
@@ -299,8 +309,11 @@ def _choose(impl, device, dtype):
 def explain_impl(impl: str = "auto", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """One line: which implementation `impl` means for inputs of `dtype` on `device`, and why.
 
-    ValueError, as from `delta_rule` itself, for an implementation that is unknown or cannot run there.
+    ValueError, as from `delta_rule` itself, for an implementation that is unknown or cannot run there, and for another dtype than
+    its own four.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype}: expected {' or '.join(map(str, DTYPES))}")
     name, why = _choose(impl, torch.device(device), dtype)
     return f"{name} ({why})"
 
@@ -336,6 +349,7 @@ def delta_rule(
         q, k: queries and keys `[B, T, H, K]`, used as they are unless `normalize_qk`. K <= 256, T >= 1.
         v: values `[B, T, H, V]`, V <= 256. q, k and v share a dtype: float32, bfloat16, float16 or float64.
         beta: write strengths `[B, T, H]`, in the dtype of k or in float32. With unit keys, 0 writes nothing and 1 replaces.
+            Mind the order: other libraries take g before beta.
         g: log-decays `[B, T, H]`, <= 0, in the dtype of k or in float32. 0 keeps everything, -inf forgets everything.
         scale: factor on what is read.
         initial_state: state before the first token, `[B, H, K, V]`, float32 (float64 for float64 inputs); None: empty.
@@ -352,6 +366,9 @@ def delta_rule(
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
+
+    torch.compile with fullgraph=True goes through; the kernels' plan follows from T, so every new length compiles once more, and
+    after `torch._dynamo.config.recompile_limit` of them no more: pad to a few lengths.
 
     All arithmetic is in the dtype of the state, also under autocast. impl="triton" multiplies 16-bit inputs in float16 and adds
     up in float32, so entries and products of queries and keys have to stay below 65,504 (values and gradients may have any size);

@@ -1,6 +1,6 @@
 """What every test runs under: no network, no window, two threads, property tests that repeat exactly.
 
-`pytest -m gpu --record results/gpu_tests.jsonl` keeps what came out, and where: CI has no GPU.
+`pytest -m gpu --record=results/gpu_tests.jsonl` keeps what came out, and where: CI has no GPU.
 """
 
 import datetime
@@ -26,6 +26,11 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser):
     parser.addoption("--record", metavar="FILE", help="append the outcome of this run, as a line of JSON")
+
+
+def pytest_configure(config):
+    if config.getoption("--record") and not torch.cuda.is_available():
+        raise pytest.UsageError("--record keeps what a GPU showed, and there is none here; nothing was run or recorded")
 
 
 def pytest_terminal_summary(terminalreporter, config):

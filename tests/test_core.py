@@ -561,6 +561,8 @@ def bad(**changes):
         (dict(q=None), r"^q: .*tensor.*given NoneType"),
         (dict(v=lambda x: x[:, :5]), r"^v: .*\[B, T, H, V\] = \(2, 6, 3, 5\), given \(2, 5, 3, 5\)"),
         (dict(v=lambda x: x.bfloat16()), r"^v: .*torch.float32, given torch.bfloat16"),
+        (dict(v=lambda x: x.repeat_interleave(2, 2)), r"^v: .*given \(2, 6, 6, 5\); q, k and v have as many heads"),
+        (dict(scale=None), r"scale = None: .*K \*\* -0.5"),
         (dict(v=lambda x: x.to("meta")), r"^v: .*device cpu, that of k, given meta"),
         (dict(beta=lambda x: x[..., None]), r"^beta: .*\[B, T, H\] = \(2, 6, 3\), given \(2, 6, 3, 1\)"),
         (dict(beta=lambda x: x.double()), r"^beta: .*torch.float32, given torch.float64"),
@@ -645,6 +647,8 @@ def test_explain_impl():
     assert core.explain_impl("reference").startswith("reference")
     with pytest.raises(ValueError, match="'triton'.*mps: .*NVIDIA|'triton'.*mps: .*not installed"):
         core.explain_impl("triton", device="mps")
+    with pytest.raises(ValueError, match="dtype = torch.int32: expected"):
+        core.explain_impl(dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -658,6 +662,7 @@ def test_explain_impl():
         (True, False, (9, 0), "cpu", torch.float32, "TRITON_INTERPRET=1"),
         (True, True, (9, 0), "cpu", torch.float16, None),
         (True, True, (9, 0), "cpu", torch.float64, "no float64"),
+        (True, True, (9, 0), "cpu", torch.bfloat16, "computes bfloat16 wrongly"),
         (True, True, (9, 0), "mps", torch.float32, "NVIDIA GPU"),
     ],
 )
