@@ -35,6 +35,7 @@ from traitlets import default
 
 import config
 import report_html
+import runs
 
 ROOT = Path(__file__).resolve().parent
 PATTERN = "[0-9][0-9]_*.ipynb"
@@ -226,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     count = f"{len(paths)} notebook{'s' * (len(paths) != 1)}"
     print(f"profile {profile}, {count}, Python {platform.python_version()} at {sys.executable}", flush=True)
     start = time.perf_counter()
+    made = f"Revision {runs.git_revision()}, {runs.device_name()}, {time.strftime('%Y-%m-%d %H:%M')}."
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     for path in paths:
@@ -240,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         (options.out / f"{path.stem}.html").write_text(page, encoding="utf-8")
         rows = [(r.name, r.title, r.error, r.seconds) for r in results]
         index = options.out / "index.html"
-        index.write_text(report_html.index_page(rows, profile=profile), encoding="utf-8")
+        index.write_text(report_html.index_page(rows, profile=profile, made=made), encoding="utf-8")
         if result.error:
             print(f"FAILED {result.name}: {result.error}", flush=True)
 

@@ -105,6 +105,10 @@ def _collect(model_id: str, models: dict, words: list[str], outputs: list) -> No
 class _Renderer(IPythonRenderer):
     """Markdown to HTML with formulas as pictures; one that mathtext cannot set is shown as its source."""
 
+    def link(self, text, url, title=None):
+        """Notebooks beside this one: to their pages, which lie in one folder."""
+        return super().link(text, re.sub(r"^(?!\w+:|/)([\w./-]+)\.ipynb(?=#|$)", r"\1.html", url), title)
+
     def inline_math(self, body):
         return _formula(body, block=False)
 
@@ -150,8 +154,8 @@ def notebook_page(notebook: nbformat.NotebookNode, *, name: str, folder: Path) -
     return page
 
 
-def index_page(rows: list[tuple[str, str, str, float]], *, profile: str) -> str:
-    """The page that lists the notebooks: one row per (file name, title, error or "", seconds)."""
+def index_page(rows: list[tuple[str, str, str, float]], *, profile: str, made: str = "") -> str:
+    """The page that lists the notebooks: one row per (file name, title, error or "", seconds). made: when, where, from what."""
     lines = []
     for name, heading, error, seconds in rows:
         status = f'<span class="failed">failed: {html.escape(error)}</span>' if error else "ran to the end"
@@ -160,4 +164,4 @@ def index_page(rows: list[tuple[str, str, str, float]], *, profile: str) -> str:
         lines.append(f"<tr>{cells}</tr>")
     failed = sum(bool(error) for _, _, error, _ in rows)
     summary = f"{len(rows) - failed} of {len(rows)} notebooks ran to the end in {sum(row[3] for row in rows):.0f} s."
-    return INDEX.format(summary=summary, rows="\n".join(lines))
+    return INDEX.format(summary=f"{summary} {html.escape(made)}".strip(), rows="\n".join(lines))

@@ -188,6 +188,18 @@ def test_pictures_of_markdown_are_embedded(tmp_path):
     assert "data:image/svg+xml;base64,PHN2" in page and "<title>T</title>" in page
 
 
+def test_links_between_notebooks_lead_to_pages(tmp_path):
+    text = "[next](02_hybrid_niah.ipynb), [far](https://example.org/a.ipynb), [part](01_x.ipynb#here), [log](../LOG.md)"
+    page = report_html.notebook_page(nbformat.v4.new_notebook(cells=[markdown(text)]), name="n", folder=tmp_path)
+    found = set(re.findall(r'<a href="([^"#]+(?:#here)?)"', page))
+    assert found >= {"02_hybrid_niah.html", "https://example.org/a.ipynb", "01_x.html#here", "../LOG.md"}
+
+
+def test_the_index_says_where_it_comes_from(ran):
+    index = (ran[2] / "index.html").read_text()
+    assert re.search(r"Revision [\w+]+, .+, \d{4}-\d\d-\d\d \d\d:\d\d\.", index)
+
+
 def test_texts_named_from_here_are_found_from_the_notebooks(tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
     (tmp_path / "notebooks").mkdir()
