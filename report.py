@@ -118,6 +118,12 @@ class OwnKernelManager(AsyncKernelManager):
     def _encrypted(self):  # other users of a shared machine can read local ports
         return "auto" if zmq.has("curve") else "disabled"
 
+    def client(self, **options):
+        client = super().client(**options)
+        # Of 1,000 messages that wait, ZeroMQ drops the next, be it the one that says a cell has ended: a run would wait forever.
+        client.context.rcvhwm = 0
+        return client
+
 
 class Client(NotebookClient):
     """Forgets a widget once it is closed, as a browser does, so that a finished bar leaves nothing on the page."""

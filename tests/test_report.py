@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 
 import nbformat
 import pytest
@@ -186,6 +187,23 @@ def test_pictures_of_markdown_are_embedded(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[markdown("# T\n\n![dot](dot.svg)")])
     page = report_html.notebook_page(notebook, name="x", folder=tmp_path)
     assert "data:image/svg+xml;base64,PHN2" in page and "<title>T</title>" in page
+
+
+def test_a_flood_of_output_is_not_lost(tmp_path, monkeypatch):
+    """On a busy machine messages come faster than they are taken: none may be dropped, the last least of all."""
+    process = report.Client.process_message
+
+    def slowly(self, *args):
+        time.sleep(0.001)
+        return process(self, *args)
+
+    monkeypatch.setattr(report.Client, "process_message", slowly)
+    flood = "from IPython.display import display\n\nfor i in range(4000):\n    display(f'{i:4000}')"
+    write(tmp_path / "00_flood.ipynb", code(flood), code("print('after it')"))
+    result = report.run_notebook(tmp_path / "00_flood.ipynb", "smoke")
+    first, last = result.notebook.cells
+    assert result.error == "" and [int(x["data"]["text/plain"].strip("'")) for x in first.outputs] == list(range(4000))
+    assert last.outputs[0]["text"] == "after it\n"
 
 
 def test_links_between_notebooks_lead_to_pages(tmp_path):
