@@ -244,6 +244,20 @@ def above(row: dict, peer: dict) -> dict:
     return worse | {name: float("nan") for name, error in mine.items() if error != error}
 
 
+def refused(rows: list[dict], name: str) -> dict[tuple[str, str], list[str]]:
+    """Where in a grid of errors an implementation failed, by row[name] and what it said."""
+    found = {}
+    for row in rows:
+        if row["error"]:
+            where = (
+                bench_measure.Case(**row["case"])
+                if "case" in row
+                else "what was left of K{} V{}".format(*row["widths"])
+            )
+            found.setdefault((row[name], row["error"]), []).append(str(where))
+    return found
+
+
 def print_errors(rows: list[dict]):
     """Largest errors of ours by dtype, every case in which a peer is better, and what refused."""
     by_case = {}
@@ -271,16 +285,7 @@ def print_errors(rows: list[dict]):
         for case, name, x in worse:
             mine, theirs = both[case]["ours"]["errors"][name], both[case][peer]["errors"][name]
             print(f"  {name:6s}{x:6.2f}x  {mine:.2e} against {theirs:.2e}   {case}")
-    refused = {}
-    for row in rows:
-        if row["error"]:
-            where = (
-                bench_measure.Case(**row["case"])
-                if "case" in row
-                else "what was left of K{} V{}".format(*row["widths"])
-            )
-            refused.setdefault((row["impl"], row["error"]), []).append(where)
-    for (impl, error), where in refused.items():
+    for (impl, error), where in refused(rows, "impl").items():
         print(f"  {impl}: {len(where)} x {error}; first at {where[0]}")
     sys.stdout.flush()
 

@@ -639,12 +639,7 @@ def losses(rows: list[dict], *, shapes=None, rate: float | None = None) -> list[
         if row["error"] or row.get("failed"):
             why = row["error"] or "; ".join(row["failed"].values())
             said.append(f"{row['label']} at {where}: {why}")
-    refused = {}
-    for row in latest(rows, "errors"):
-        if row["error"]:
-            where = str(bench_measure.Case(**row["case"])) if row.get("case") else "K{} V{}".format(*row["widths"])
-            refused.setdefault((row["label"], row["error"]), []).append(where)
-    for (label, why), where in refused.items():
+    for (label, why), where in bench_gpu.refused(latest(rows, "errors"), "label").items():
         said.append(f"{label} in the grid of errors, {len(where)} x {why}; first at {where[0]}.")
     for row in latest(rows, "first"):
         if row["error"]:

@@ -269,11 +269,8 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed: `pip install triton` (Linux only)"
     if INTERPRETED and device.type in ("cpu", "cuda"):
-        return (
-            "Triton's interpreter computes bfloat16 wrongly: take float32 or float16"
-            if dtype == torch.bfloat16
-            else None
-        )
+        wrong = dtype == torch.bfloat16
+        return "Triton's interpreter computes bfloat16 wrongly: take float32 or float16" if wrong else None
     if device.type != "cuda":
         interpreter = "; TRITON_INTERPRET=1, set before Python starts, runs them in Triton's interpreter, slowly"
         able = device.type == "cpu" and dtype != torch.bfloat16

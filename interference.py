@@ -313,7 +313,11 @@ def by_count(
     return pd.DataFrame(lines)
 
 
-SCENARIOS = ("distinct random keys", "every key written twice", "cosine 0.5 between keys")
+SCENARIOS = {  # what draws the keys, and how often each is written
+    "distinct random keys": (random_keys, 1),
+    "every key written twice": (random_keys, 2),
+    "cosine 0.5 between keys": (functools.partial(similar_keys, cosine=0.5), 1),
+}
 
 
 def by_rule(
@@ -325,24 +329,19 @@ def by_rule(
     Columns: scenario, writes, rule, chance, and those of `analysis.Rate`.
     """
     if scenario not in SCENARIOS:
-        raise ValueError(f"scenario = {scenario!r}: choose from {SCENARIOS}")
+        raise ValueError(f"scenario = {scenario!r}: choose from {', '.join(map(repr, SCENARIOS))}")
+    keys_for, times = SCENARIOS[scenario]
     gen, lines = torch.Generator().manual_seed(seed), []
     pool = random_values(1, candidates, V, generator=gen)[0].to(device, torch.float32)
     for n in counts:
-        held = n // 2 if scenario == SCENARIOS[1] else n
+        held = n // times
         rows, right = max(10, -(-trials // held)), {"Hebbian": [], "delta": [], "delta, two passes": []}
         step = max(1, 2**25 // (held * candidates))  # memories at once: their scores of all candidates fill memory
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            if scenario == SCENARIOS[2]:
-                keys = similar_keys(count, held, K, 0.5, generator=gen)
-            else:
-                keys = random_keys(count, held, K, generator=gen)
-            if scenario == SCENARIOS[1]:
-                keys = keys.repeat(1, 2, 1)
-            written = (
-                torch.rand(count, candidates, generator=gen).topk(keys.shape[1]).indices.to(device)
-            )  # all different
+            keys = keys_for(count, held, K, generator=gen).repeat(1, times, 1)
+            order = torch.rand(count, candidates, generator=gen)
+            written = order.topk(keys.shape[1]).indices.to(device)  # all different
             keys, values = keys.to(device, torch.float32), pool[written]
             states = {
                 "Hebbian": hebbian(keys, values),

@@ -40,7 +40,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 def full_precision(x: Tensor):
     """Autocast off, on the device of x."""
-    return torch.autocast(x.device.type, enabled=False)
+    return chunked.full_precision(x.device)
 
 
 def keeps_all(x: Tensor, *others: Tensor) -> bool:
@@ -111,7 +111,7 @@ def normed_linears(
     are thin: one product makes them all, so that norm(x) is read once.
     """
     watched = _watched(norm, *linears, *wide)
-    if watched or keeps_all(x, norm.weight, *(p for m in (*linears, *wide) for p in m.parameters())):
+    if watched or keeps_all(x, norm.weight, *[m.weight for m in (*linears, *wide)]):
         h = norm(x)
         low = tuple(linear(h) for linear in linears)
         with full_precision(x):

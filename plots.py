@@ -112,6 +112,19 @@ def _shade_phases(ax, history: pd.DataFrame) -> None:
     above.spines["top"].set_visible(False)
 
 
+def _whiskers(table: pd.DataFrame, name: str) -> np.ndarray:
+    """Lengths [2, rows] of an interval low to high below and above a column, none below 0 by rounding."""
+    return np.stack([table[name] - table["low"], table["high"] - table[name]]).clip(min=0)
+
+
+def _in_doublings(ax, values) -> None:
+    """A logarithmic x axis with a tick at every value."""
+    values = sorted(set(values))
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(values, [f"{v:,}" for v in values])
+    ax.minorticks_off()
+
+
 def accuracies(
     table: pd.DataFrame,
     x: str,
@@ -130,16 +143,14 @@ def accuracies(
     fig, (ax,) = _new()
     groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
     for name, part in groups:
-        gap = np.stack([part["accuracy"] - part["low"], part["high"] - part["accuracy"]]).clip(min=0)
+        gap = _whiskers(part, "accuracy")
         ax.errorbar(part[x], part["accuracy"], yerr=gap, marker="o", ms=4, capsize=3, label=str(name) or None)
     if chance is not None:
         ax.axhline(chance, color="0.4", ls="--", lw=1, label=f"chance {percent(chance)}")
     if mark is not None:
         ax.axvline(mark[0], color="0.6", ls=":", lw=1.2, label=mark[1])
     if log:
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted(set(table[x])), [f"{v:,}" for v in sorted(set(table[x]))])
-        ax.minorticks_off()
+        _in_doublings(ax, table[x])
     ax.set(xlabel=xlabel, ylabel="accuracy (95% interval)", ylim=(-0.03, 1.05))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     if ax.get_legend_handles_labels()[0]:
@@ -158,25 +169,14 @@ def errors(
     fig, (ax,) = _new()
     groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
     for colour, (name, part) in zip(COLOURS * len(groups), groups, strict=False):
-        gap = np.stack([part["measured"] - part["low"], part["high"] - part["measured"]]).clip(min=0)
+        gap = _whiskers(part, "measured")
         ax.plot(part[x], part["exact"], color=colour, lw=1.2, label=None if name else "exact")
-        ax.errorbar(
-            part[x],
-            part["measured"],
-            yerr=gap,
-            color=colour,
-            ls="",
-            marker="o",
-            ms=4,
-            capsize=3,
-            label=f"{name}" or "measured",
-        )
+        points = dict(color=colour, ls="", marker="o", ms=4, capsize=3)
+        ax.errorbar(part[x], part["measured"], yerr=gap, label=f"{name}" or "measured", **points)
         if also is not None:
             ax.plot(part[x], part[also], color="0.4", ls="--", lw=1, label=also)
     if log:
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted(set(table[x])), [f"{v:,}" for v in sorted(set(table[x]))])
-        ax.minorticks_off()
+        _in_doublings(ax, table[x])
     ax.set(xlabel=xlabel, ylabel="error, root mean square", ylim=(-0.03, None))
     ax.legend(title=by)
     return fig
@@ -187,7 +187,7 @@ def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title:
     _require_columns(table, "table", (label, "accuracy", "low", "high"))
     fig, (ax,) = _new(width=6.0, height=0.9 + 0.42 * max(2, len(table)))
     y = np.arange(len(table))
-    gap = np.stack([table["accuracy"] - table["low"], table["high"] - table["accuracy"]]).clip(min=0)
+    gap = _whiskers(table, "accuracy")
     ax.barh(y, table["accuracy"], xerr=gap, capsize=3, height=0.6, color=COLOURS[0], ecolor="0.2")
     if chance is not None:
         ax.axvline(chance, color=COLOURS[1], ls="--", lw=1.2, label=f"chance {percent(chance)}")

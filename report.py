@@ -35,7 +35,6 @@ from traitlets import default
 
 import config
 import report_html
-import runs
 
 ROOT = Path(__file__).resolve().parent
 PATTERN = "[0-9][0-9]_*.ipynb"
@@ -61,7 +60,7 @@ def choose_profile(name: str | None = None) -> str:
         return name
     if "WORKBOOK_PROFILE" in os.environ:
         return config.profile()
-    import torch  # seconds to import, and only this line needs it
+    import torch  # seconds to import: not for a wrong argument
 
     return "full" if torch.cuda.is_available() else "smoke"
 
@@ -233,6 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     count = f"{len(paths)} notebook{'s' * (len(paths) != 1)}"
     print(f"profile {profile}, {count}, Python {platform.python_version()} at {sys.executable}", flush=True)
     start = time.perf_counter()
+    import runs  # and torch with it
+
     made = f"Revision {runs.git_revision()}, {runs.device_name()}, {time.strftime('%Y-%m-%d %H:%M')}."
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
