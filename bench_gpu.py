@@ -130,7 +130,7 @@ def run(job: dict, env: dict, *, timeout: float, verbose: bool = False) -> list[
             break
         done = len({tuple(row["case"].values()) for row in rows})
         job = dict(job, done=done, broken=[*job.get("broken", ()), failed])
-        if done == len(bench_measure.cases(*job["widths"])):
+        if done == len(bench_measure.cases(*job["widths"], job["dtypes"])):
             last = last._replace(ending="")
             break
         last = attempt(job, env, timeout=timeout)
@@ -155,15 +155,15 @@ def run_all(jobs: list[dict], envs: list[dict], *, parallel: int, report, **opti
     return rows
 
 
-def families(jobs: list[dict]) -> list[tuple[str, list[bench_measure.Shape]]]:
-    """(implementation, shapes that share its compiled kernels) of speed jobs: B and T are arguments to nearly all of them."""
-    groups = {}
+def families(jobs: list[dict]) -> list[tuple[str, bench_measure.Shape]]:
+    """(implementation, first of the shapes that share most of its compiled kernels) of speed jobs: B and T are arguments."""
+    first = {}
     for job in jobs:
         for name in job["impls"]:
             if name != "torch":  # compiles nothing
                 shape = job["shape"]
-                groups.setdefault((name, shape.H, shape.K, shape.V), []).append(shape)
-    return [(name, group) for (name, *_), group in groups.items()]
+                first.setdefault((name, shape.H, shape.K, shape.V), shape)
+    return [(name, shape) for (name, *_), shape in first.items()]
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -346,7 +346,7 @@ def parse(arguments=None) -> argparse.Namespace:
         "--widths", type=width_list, default=bench_measure.WIDTHS, help='K,V of --errors: "100,16 64,128"'
     )
     parser.add_argument("--only", type=impl_list, help=f"implementations, of {','.join(bench_measure.IMPLS)}")
-    parser.add_argument("--dtype", choices=bench_measure.DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=bench_measure.DTYPES, help="bf16; of --errors: all")
     parser.add_argument("--pairs", type=int, help="measured calls of each implementation (30; 10 with --quick)")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--kernels", action="store_true", help="print the kernels of each implementation")
@@ -368,21 +368,24 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Jobs that may run side by side (first calls, errors), then those that need the GPU to themselves."""
     if args.errors:
         impls = args.only or ["ours", "fla"]
-        jobs = [dict(kind="errors", impls=impls, widths=widths) for widths in args.widths]
+        dtypes = [args.dtype] if args.dtype else list(bench_measure.DTYPES)
+        jobs = [dict(kind="errors", impls=impls, widths=widths, dtypes=dtypes) for widths in args.widths]
         return jobs, []
     if args.step:
         impls = args.only or ["ours", "torch", "fla"]
-        return [], [dict(kind="step", impls=impls, dtype=args.dtype, B=B, pairs=max(args.pairs, 30)) for B in (1, 64)]
+        return [], [
+            dict(kind="step", impls=impls, dtype=args.dtype or "bf16", B=B, pairs=max(args.pairs, 30)) for B in (1, 64)
+        ]
     shapes = args.shapes or (scaling_shapes() if args.scaling else SHAPES)
     impls = args.only or (["ours", "fla"] if args.scaling else list(bench_measure.IMPLS))
-    options = dict(kind="speed", dtype=args.dtype, pairs=args.pairs, steps=3 if args.quick or args.scaling else 5)
+    dtype = args.dtype or "bf16"
+    options = dict(kind="speed", dtype=dtype, pairs=args.pairs, steps=3 if args.quick or args.scaling else 5)
     jobs = []
     for shape in shapes:
         able = [name for name in impls if args.only or name != "flashqla" or shape.K == shape.V == 128]
         jobs.append(dict(options, shape=shape, impls=able))  # FlashQLA has no other widths; it may be asked to say so
     first = [
-        dict(kind="first", impl=name, shapes=group, dtype=args.dtype, all=not args.cold)
-        for name, group in families(jobs)
+        dict(kind="first", impl=name, shape=shape, dtype=dtype, all=not args.cold) for name, shape in families(jobs)
     ]
     return first, [] if args.cold else jobs
 
@@ -427,7 +430,9 @@ def main():
             )
         if alone:
             report = report_for(args, alone[0]["kind"])
-            rows += run_all(alone, [shared] * len(alone), parallel=1, report=report, **options)
+            alone = [dict(job, turn=str(Path(args.cache or folder, "turn"))) for job in alone]
+            at_once = 1 if args.step else 2  # one imports its peers while the other measures
+            rows += run_all(alone, [shared] * len(alone), parallel=at_once, report=report, **options)
     print_setting(next((row for row in rows if "gpu" in row), dict(gpu="no process came back", versions={})))
     print(f"{time.perf_counter() - start:.0f} s in all")
 

@@ -7,6 +7,7 @@ arguments of that kind's function below. bench_gpu.py says what the numbers mean
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib.metadata
@@ -238,22 +239,20 @@ def quartiles(times) -> list:
 
 
 def first_calls(job: dict) -> list[dict]:
-    """Seconds from the import of one implementation to its first gradients, then all that other processes will need compiled."""
-    name, shapes, dtype = job["impl"], [Shape(*s) for s in job["shapes"]], DTYPES[job["dtype"]]
-    row = dict(impl=name, label=label(name), shape=shapes[0], error=None)
+    """Seconds from the import of one implementation to its first gradients, then what else other processes will need compiled."""
+    name, shape, dtype = job["impl"], Shape(*job["shape"]), DTYPES[job["dtype"]]
+    row = dict(impl=name, label=label(name), shape=shape, error=None)
     with refusals(row):
-        tensors, (d_out, _) = inputs(shapes[0], dtype=dtype), cotangents(shapes[0], dtype=dtype)
+        tensors, (d_out, _) = inputs(shape, dtype=dtype), cotangents(shape, dtype=dtype)
         synchronize()
         start = time.perf_counter()
         function = load(name)
         row["import_s"] = time.perf_counter() - start
-        bench_cpu.forward_backward(timed(function, shapes[0]), tensors, [d_out])()
+        bench_cpu.forward_backward(timed(function, shape), tensors, [d_out])()
         synchronize()
         row["first_call_s"] = time.perf_counter() - start
-    for shape in shapes if job["all"] and not row["error"] else ():
+    if job["all"] and not row["error"]:
         with refusals(row, "later"):  # the process that measures will meet it again, and report it
-            tensors, grads = inputs(shape, dtype=dtype), cotangents(shape, dtype=dtype)
-            bench_cpu.forward_backward(timed(function, shape), tensors, grads[:1])()
             bench_cpu.forward(timed(function, shape), tensors)()
             short = shape._replace(T=min(shape.T, ERROR_TOKENS))
             tensors, grads = inputs(short, dtype=dtype), cotangents(short, dtype=dtype)
@@ -262,19 +261,33 @@ def first_calls(job: dict) -> list[dict]:
     return [row]
 
 
+def wait_for_turn(path: str):
+    """The GPU for this process alone: an open file, locked until it is closed. Peers take up to 20 s to import, which others may
+    do while one measures.
+    """
+    turn = open(path, "w")
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    return turn
+
+
 def speed(job: dict) -> list[dict]:
     """Time, memory and error of every implementation at one shape, in one process, on the same tensors."""
     shape, dtype = Shape(*job["shape"]), DTYPES[job["dtype"]]
+    rows, functions, calls = {}, {}, {}
+    for name in job["impls"]:
+        rows[name] = dict(impl=name, label=label(name), shape=shape, dtype=job["dtype"], error=None)
+        with refusals(rows[name]):
+            functions[name] = load(name)
+    _turn = wait_for_turn(job["turn"])
     bandwidth = copy_bandwidth()
     limit = {what: 1e3 * size / bandwidth for what, size in moved_bytes(shape, dtype).items()}
     tensors, (d_out, _) = inputs(shape, dtype=dtype), cotangents(shape, dtype=dtype)
-    rows, functions, calls = {}, {}, {}
-    for name in job["impls"]:
-        rows[name] = row = dict(impl=name, label=label(name), shape=shape, dtype=job["dtype"], error=None)
+    for name, row in rows.items():
         row.update(bandwidth=bandwidth, limit_ms=limit, wall_ms={}, wall_ratio={}, device_ms={}, share={}, kernels={})
         row.update(peak_mib=None, errors={}, failed={})
+        if row["error"]:
+            continue
         with refusals(row):
-            functions[name] = load(name)
             run = timed(functions[name], shape)
             both = bench_cpu.forward(run, tensors), bench_cpu.forward_backward(run, tensors, [d_out])
             for call in reversed(both):  # whatever compiles or tunes itself does so here, on the shape measured
@@ -353,7 +366,7 @@ WIDTHS = [
 ]
 
 
-def cases(K: int, V: int) -> list[Case]:
+def cases(K: int, V: int, dtypes=tuple(DTYPES)) -> list[Case]:
     """The grid at one pair of widths: a full product in bf16 for those in FULL, each setting in turn for the others."""
     plain = Case(K, V)
     if (K, V) in FULL:
@@ -366,7 +379,7 @@ def cases(K: int, V: int) -> list[Case]:
         other = plain._replace(dtype=dtype)
         chosen += [other._replace(T=T) for T in LENGTHS]
         chosen += [other._replace(decay=d, keys=k, gates=b) for d in DECAYS for k in KEYS for b in GATES]
-    return list(dict.fromkeys(chosen))
+    return [case for case in dict.fromkeys(chosen) if case.dtype in dtypes]
 
 
 def error_grid(job: dict) -> Iterator[dict]:
@@ -377,7 +390,7 @@ def error_grid(job: dict) -> Iterator[dict]:
     says what is being tried.
     """
     functions, failures = {}, dict.fromkeys(job["impls"], 0)
-    for case in cases(*job["widths"])[job.get("done", 0) :]:
+    for case in cases(*job["widths"], job["dtypes"])[job.get("done", 0) :]:
         shape, dtype = Shape(2, case.T, 4, case.K, case.V), DTYPES[case.dtype]
         scale = 1.0 if case.scale == "1" else case.K**-0.5
         options = dict(decay=case.decay, keys=case.keys, gates=case.gates)

@@ -202,10 +202,15 @@ def read_gradients(
     dq_t *= (from_start * 0.0625)[None, :]
     dPt_k = dPt_k.to(OP)
     dq_t = tl.dot(tl.trans(k16), dPt_k, dq_t, input_precision=PREC)
-    d_k = pieces.key_sums(dPt_k, k16, q16, norm_q, PREC, NORM_Q)
+    if not TWO:
+        d_k = pieces.key_sums(dPt_k, k16, q16, norm_q, PREC, NORM_Q)
     # For the last sums, behind the product that they take and before the other: Triton then takes them, and dq, in this order.
     qt = pieces.load_rows(q + first * K, i, cols, H * K, left, K)
     share = tl.dot(dPt_q.to(OP), q16, input_precision=PREC)
+    if (
+        TWO
+    ):  # products in three parts of TF32 are biased alike in dq and here, which cancels: `key_sums` is four times worse
+        d_k = tl.sum(k16 * share, 1) * norm
     pieces.store_rows(dk_out + first * K, share, i, cols, H * K, left, K)
     dq_ = tl.trans(dq_t) * (16.0 * both)
     q32 = qt.to(tl.float32)
@@ -569,7 +574,7 @@ def read_back(
     d_k = tl.sum(k32 * dk_, 1)
     if NORM_K:
         dk_ = (dk_ - k32 * d_k[:, None]) * norm[:, None]
-    if NORM_Q or NORM_K:  # the two products took their own rounding of dP
+    if (NORM_Q or NORM_K) and not TWO:  # the two products took their own rounding of dP
         d_k = pieces.key_sums(dPt_k, k16, q16, norm_q, PREC, NORM_Q) * (16.0 * both)
     pieces.store_rows(dk + first * K, dk_, i, cols, H * K, left, K)
     dq_ = tl.trans(dq_t) * (16.0 * both)

@@ -1,5 +1,6 @@
 """The GPU benchmark as far as it goes without a GPU: inputs, errors, grids, counts, tables, workers that die."""
 
+import concurrent.futures
 import itertools
 import json
 import math
@@ -73,6 +74,7 @@ def test_the_grid_covers_what_it_should():
         assert settings == set(itertools.product(bench_measure.DECAYS, bench_measure.KEYS, bench_measure.GATES))
         assert {case.dtype for case in cases} == set(bench_measure.DTYPES)
         assert {case.scale for case in cases} == set(bench_measure.SCALES)
+        assert bench_measure.cases(K, V, ["fp16"]) == [case for case in cases if case.dtype == "fp16"]
 
 
 def test_a_peer_that_refuses_is_a_row_and_is_left_alone(on_cpu, monkeypatch):
@@ -86,8 +88,9 @@ def test_a_peer_that_refuses_is_a_row_and_is_left_alone(on_cpu, monkeypatch):
 
     monkeypatch.setattr(bench_measure, "load", absent)
     short = [Case(16, 16, T=T) for T in (1, 2, 3, 4)] + [Case(16, 16, T=2, dtype="fp32")]
-    monkeypatch.setattr(bench_measure, "cases", lambda K, V: short)
-    rows = [row for row in bench_measure.error_grid(dict(impls=["torch", "fla"], widths=(16, 16))) if "impl" in row]
+    monkeypatch.setattr(bench_measure, "cases", lambda K, V, dtypes: [case for case in short if case.dtype in dtypes])
+    job = dict(impls=["torch", "fla"], widths=(16, 16), dtypes=["bf16", "fp32"])
+    rows = [row for row in bench_measure.error_grid(job) if "impl" in row]
     fla = [row for row in rows if row["impl"] == "fla"]
     assert len(fla) == 4 and len(asked) == 2  # bf16 only; not tried a third time
     assert fla[0]["error"] == "ImportError: No module named 'fla'" and "not tried" in fla[3]["error"]
@@ -127,7 +130,7 @@ def test_rows_keep_the_longest_kernels_and_the_sum_of_the_rest():
 
 
 @pytest.fixture
-def measured(on_cpu, monkeypatch):
+def measured(on_cpu, monkeypatch, tmp_path):
     """Rows of one shape: the PyTorch path under two names, timers that need a GPU replaced, and a peer that refuses."""
     load = bench_measure.load
 
@@ -144,8 +147,20 @@ def measured(on_cpu, monkeypatch):
         bench_measure, "device_work", lambda call, steps: (ms := float(next(milliseconds)), {"kernel": ms})
     )
     job = dict(shape=SMALL, impls=["ours", "torch", "fla", "flashqla"], dtype="bf16", pairs=3, steps=2)
+    job["turn"] = str(tmp_path / "turn")
     rows = [dict(row, gpu="GPU", versions={"torch": "2"}) for row in bench_measure.speed(job)]
     return json.loads(json.dumps(rows))  # as they come back from a worker
+
+
+def test_one_process_measures_at_a_time(tmp_path):
+    path = str(tmp_path / "turn")
+    turn = bench_measure.wait_for_turn(path)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(bench_measure.wait_for_turn, path)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            other.result(timeout=0.3)
+        turn.close()
+        other.result(timeout=60).close()
 
 
 def test_rows_and_table_of_one_shape(measured, capsys):
@@ -240,7 +255,7 @@ def stand_in(name):
 
 
 bench_measure.DEVICE, bench_measure.load, bench_measure.inputs = "cpu", stand_in, unless_lost(inputs)
-bench_measure.cases = lambda K, V: [bench_measure.Case(K, V, T=T) for T in (1, 2, 3, 4, 5)]
+bench_measure.cases = lambda K, V, dtypes: [bench_measure.Case(K, V, T=T) for T in (1, 2, 3, 4, 5)]
 bench_measure.main(json.loads(sys.argv[1]))
 """
 
@@ -254,7 +269,7 @@ def grid(tmp_path, monkeypatch):
 
     def run(end, *impls, timeout=120):
         script.write_text(GRID_WORKER.replace("END", end))
-        rows = bench_gpu.run(dict(kind="errors", impls=impls, widths=(16, 16)), env, timeout=timeout)
+        rows = bench_gpu.run(dict(kind="errors", impls=impls, widths=(16, 16), dtypes=["bf16"]), env, timeout=timeout)
         return {(row["impl"], row["case"]["T"] if "case" in row else row["widths"]): row["error"] for row in rows}
 
     return run
@@ -288,14 +303,15 @@ def test_plans():
     first, speed = plan()
     assert [job["shape"] for job in speed] == bench_gpu.SHAPES
     assert [("flashqla" in job["impls"]) for job in speed] == [job["shape"].K == 128 for job in speed]
-    families = {(job["impl"], job["shapes"][0].K): len(job["shapes"]) for job in first}
-    assert families == {("ours", 64): 3, ("ours", 128): 2, ("fla", 64): 3, ("fla", 128): 2, ("flashqla", 128): 2}
+    families = [(job["impl"], job["shape"].K) for job in first]
+    assert sorted(families) == [("fla", 64), ("fla", 128), ("flashqla", 128), ("ours", 64), ("ours", 128)]
     assert plan("--cold", "--only", "ours") == ([dict(job, all=False) for job in plan("--only", "ours")[0]], [])
     assert plan("--only", "flashqla", "--shapes", "1,64,1,64,64")[1][0]["impls"] == [
         "flashqla"
     ]  # it says that it cannot
     assert len(plan("--errors")[0]) == len(bench_measure.WIDTHS) and [job["B"] for job in plan("--step")[1]] == [1, 64]
     assert [job["widths"] for job in plan("--errors", "--widths", "100,16 64,128")[0]] == [(100, 16), (64, 128)]
+    assert [job["dtypes"] for job in plan("--errors", "--widths", "64,128", "--dtype", "fp32")[0]] == [["fp32"]]
     for axis in "BTH":
         assert len({getattr(shape, axis) for shape in bench_gpu.scaling_shapes()}) >= 4
 
