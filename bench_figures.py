@@ -172,7 +172,7 @@ def scaling(rows: list[dict]) -> Figure | None:
         axes[1, column].minorticks_off()
         fixed = " ".join(f"{name}{size}" for name, size in bench_report.AXES[axis].items())
         axes[1, column].set_xlabel(bench_report.AXIS_NAMES[axis])
-        axes[0, column].set_title(f"{fixed} K64 V128", fontsize=10)
+        axes[0, column].set_title(fixed, fontsize=10)
     for row, words in enumerate(bench_report.WHAT.values()):
         axes[row, 0].set_ylabel(f"{words} (ms)")
         _plain(axes[row, 0].yaxis)

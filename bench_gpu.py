@@ -384,9 +384,8 @@ def plan(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     for shape in shapes:
         able = [name for name in impls if args.only or name != "flashqla" or shape.K == shape.V == 128]
         jobs.append(dict(options, shape=shape, impls=able))  # FlashQLA has no other widths; it may be asked to say so
-    first = [
-        dict(kind="first", impl=name, shape=shape, dtype=dtype, all=not args.cold) for name, shape in families(jobs)
-    ]
+    first = [dict(kind="first", impl=name, shape=shape) for name, shape in families(jobs)]
+    first = [dict(job, dtype=dtype, all=not args.cold, at_once=min(args.jobs, len(first))) for job in first]
     return first, [] if args.cold else jobs
 
 

@@ -241,7 +241,7 @@ def quartiles(times) -> list:
 def first_calls(job: dict) -> list[dict]:
     """Seconds from the import of one implementation to its first gradients, then what else other processes will need compiled."""
     name, shape, dtype = job["impl"], Shape(*job["shape"]), DTYPES[job["dtype"]]
-    row = dict(impl=name, label=label(name), shape=shape, error=None)
+    row = dict(impl=name, label=label(name), shape=shape, at_once=job["at_once"], error=None)
     with refusals(row):
         tensors, (d_out, _) = inputs(shape, dtype=dtype), cotangents(shape, dtype=dtype)
         synchronize()
@@ -278,7 +278,7 @@ def speed(job: dict) -> list[dict]:
         rows[name] = dict(impl=name, label=label(name), shape=shape, dtype=job["dtype"], error=None)
         with refusals(rows[name]):
             functions[name] = load(name)
-    _turn = wait_for_turn(job["turn"])
+    _turn = wait_for_turn(job["turn"]) if "turn" in job else None  # ends with this function
     bandwidth = copy_bandwidth()
     limit = {what: 1e3 * size / bandwidth for what, size in moved_bytes(shape, dtype).items()}
     tensors, (d_out, _) = inputs(shape, dtype=dtype), cotangents(shape, dtype=dtype)

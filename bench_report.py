@@ -96,7 +96,7 @@ def _identity(row: dict) -> tuple:
             return (tuple(row["shape"]), row.get("dtype", "bf16")), row["impl"]
         case "first":
             shape = row.get("shape")  # a process that died does not say which
-            return (row["impl"], tuple(shape[2:]) if shape else None), row["impl"]
+            return (row["impl"], tuple(shape[2:]) if shape else None, row.get("at_once")), row["impl"]
         case "step":
             return (row["B"],), row["impl"]
         case "errors":
@@ -289,13 +289,24 @@ def error_grid(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def first_rows(rows: list[dict]) -> list[dict]:
+    """First calls that count: of each implementation and widths those beside the fewest other processes, which take its time."""
+    found = {}
+    for row in sorted(latest(rows, "first"), key=lambda row: row.get("at_once") or 0):
+        found.setdefault((row["impl"], tuple(row.get("shape") or ())[3:]), row)
+    order = list(bench_measure.IMPLS)
+    return sorted(found.values(), key=lambda row: (order.index(row["impl"]), row.get("shape") or []))
+
+
 def first_calls(rows: list[dict]) -> pd.DataFrame:
-    """Seconds from the import of an implementation to its first gradients, caches of compiled kernels empty."""
+    """Seconds from the import of an implementation to its first gradients, caches of compiled kernels empty, and how many
+    processes were doing so at once."""
     lines = []
-    for row in latest(rows, "first"):
+    for row in first_rows(rows):
         shape = row.get("shape")
         line = {"implementation": row["label"], "shape": str(bench_measure.Shape(*shape)) if shape else ""}
         line |= {"seconds": row.get("first_call_s"), "of which import": row.get("import_s")}
+        line |= {"at once": row.get("at_once")}
         lines.append(line | {"note": row["error"] or row.get("later") or ""})
     return pd.DataFrame(lines)
 
@@ -551,16 +562,19 @@ def _of_roof(line) -> str:
 
 
 # Along each axis of bench_gpu.py --scaling, the sizes that stay.
-AXES = {"T": dict(B=1, H=8), "B": dict(T=2048, H=8), "H": dict(B=4, T=2048)}
+WIDTHS = dict(K=64, V=128)
+AXES = {"T": dict(B=1, H=8, **WIDTHS), "B": dict(T=2048, H=8, **WIDTHS), "H": dict(B=4, T=2048, **WIDTHS)}
 AXIS_NAMES = {"T": "tokens T", "B": "batch B", "H": "heads H"}
 
 
 def scaling_rows(rows: list[dict], axis: str) -> dict:
-    """{impl: [(size, row), ...]} along axis "T", "B" or "H" of the grid of bench_gpu.py --scaling."""
+    """{impl: [(size, row), ...]} along axis "T", "B" or "H": every shape that was measured at the other sizes of bench_gpu.py
+    --scaling."""
     fits = lambda shape: all(getattr(shape, name) == size for name, size in AXES[axis].items())  # noqa: E731
     found = {}
-    for shape, by_impl in speed_rows(rows, shapes=[s for s in bench_gpu.scaling_shapes() if fits(s)]).items():
-        for name, row in ran(by_impl).items():
+    for shape, by_impl in speed_rows(rows).items():
+        peers = {name: row for name, row in ran(by_impl).items() if fits(shape) and name != "torch"}
+        for name, row in peers.items():
             found.setdefault(name, []).append((getattr(shape, axis), row))
     return {name: sorted(line, key=lambda p: p[0]) for name, line in found.items() if len(line) > 1}
 
@@ -641,7 +655,7 @@ def losses(rows: list[dict], *, shapes=None, rate: float | None = None) -> list[
             said.append(f"{row['label']} at {where}: {why}")
     for (label, why), where in bench_gpu.refused(latest(rows, "errors"), "label").items():
         said.append(f"{label} in the grid of errors, {len(where)} x {why}; first at {where[0]}.")
-    for row in latest(rows, "first"):
+    for row in first_rows(rows):
         if row["error"]:
             said.append(f"{row['label']}, first call: {row['error']}")
     kinds = {row["kind"] for row in rows}
