@@ -419,6 +419,8 @@ def diagnose(model: models.TransparentHybrid, tokens: Tensor) -> pd.DataFrame:
                 "state_rank": float(rank.mean()),
                 "read_norm": float(r["read"].float().norm(dim=-1).mean()),
             }
+        elif r["layer"] != "S":
+            row["attended_norm"] = float(r["attended" if "attended" in r else "read"].float().norm(dim=-1).mean())
         else:
             row["window_norm"] = float(r["window"].float().norm(dim=-1).mean())
             if "recalled" in r:

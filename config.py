@@ -139,7 +139,8 @@ def round_up(value: float, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class HybridConfig(Settings):
-    """A stack of G layers (gated delta memory) and S layers (sliding-window attention that also reads the memory).
+    """A stack of G layers (gated delta memory) and S layers (sliding-window attention that also reads the memory), and of what
+    they are compared with: A (softmax attention to everything before) and L (linear attention).
 
     The default is the source notes' seed configuration, corrected: their decay bias of 2 halves the memory every 5.5 tokens,
     ours every 2,067 (`half_life(8.0)`), no shorter than the length it is trained at; values are shifted, and the erase
@@ -156,7 +157,9 @@ class HybridConfig(Settings):
     vocab_size: int = 50257
     beta_bias: float = -2.0
     g_bias: float = 8.0
-    write_gate: str = "sigmoid"  # sigmoid | hard: clamp(1.2 sigmoid - 0.1, 0, 1)
+    write_gate: str = (
+        "sigmoid"  # sigmoid | hard: clamp(1.2 sigmoid - 0.1, 0, 1) | straight: that, with the sigmoid's gradient
+    )
     decay: str = "sigmoid"  # sigmoid | mamba | none | hard
     erase: str = "decayed"  # decayed: recall from the decayed state; raw: from the state before the decay
     shifted_value: bool = True  # the write at t pairs key and beta of t-1 with the value of t
@@ -175,15 +178,16 @@ class HybridConfig(Settings):
 
     def validate(self):
         self.require_positive("d_model", "n_heads", "head_dim", "value_dim", "window_size", "chunk_size", "vocab_size")
-        ok = bool(self.layer_pattern) and set(self.layer_pattern) <= set("GS")
-        why = "needs one letter per layer, G (memory) or S (window attention), such as 'GS'"
+        ok = bool(self.layer_pattern) and set(self.layer_pattern) <= set("GSAL")
+        why = "needs one letter per layer, G (memory), S (window attention), A (attention) or L (linear), such as 'GS'"
         self.require(ok, "layer_pattern", why)
         self.require(self.head_dim <= 256, "head_dim", "the delta rule takes key widths up to 256")
         self.require(self.value_dim <= 256, "value_dim", "the delta rule takes value widths up to 256")
-        if "S" in self.layer_pattern:
+        attends = bool(set(self.layer_pattern) & set("SA"))
+        if attends:
             why = f"d_model {self.d_model} does not split into {self.n_heads} attention heads; use a divisor of d_model"
             self.require(self.d_model % self.n_heads == 0, "n_heads", why)
-        self.require_choice("write_gate", ("sigmoid", "hard"))
+        self.require_choice("write_gate", ("sigmoid", "hard", "straight"))
         self.require_choice("decay", ("sigmoid", "mamba", "none", "hard"))
         self.require_choice("erase", ("decayed", "raw"))
         self.require_choice("impl", ("auto", "reference", "torch", "triton"))
@@ -194,7 +198,7 @@ class HybridConfig(Settings):
             why = "stands before the key projection, which key_conv_width replaces: set one of them to 0"
             self.require(False, "key_context_conv", why)
         if self.use_rope:
-            self.require("S" in self.layer_pattern, "use_rope", f"rotates S layers; {self.layer_pattern!r} has none")
+            self.require(attends, "use_rope", f"rotates S and A layers; {self.layer_pattern!r} has none")
             width = self.d_model // self.n_heads
             self.require(width % 2 == 0, "use_rope", f"d_model / n_heads = {width} must be even to rotate pairs")
         of_g = "query_proj rope_keys key_conv_width query_conv_width key_context_conv key_bank_slots"
@@ -227,6 +231,16 @@ class HybridConfig(Settings):
     def ffn_dim(self) -> int:
         """Hidden width of the SwiGLU: 8/3 d_model rounded up to a multiple of 64."""
         return round_up(8 * self.d_model / 3, 64)
+
+    def state_size(self, length: int) -> int:
+        """Numbers that a sequence of `length` tokens leaves for the next: memories, and keys and values of attention.
+
+        Those of a G layer's last key and gate and of convolutions, a few per head and channel, are not counted.
+        """
+        G = self.n_heads * self.head_dim * self.value_dim
+        sizes = {"G": G, "L": G + self.n_heads * self.head_dim}
+        sizes |= {"S": 2 * self.d_model * min(length, self.window_size - 1), "A": 2 * self.d_model * length}
+        return sum(sizes[letter] for letter in self.layer_pattern)
 
     def __repr__(self):
         """Short form, `HybridConfig(GS, d=512, h=8, K=64, V=128)`; `to_dict()` has every field."""
@@ -356,6 +370,8 @@ class TrainConfig(Settings):
     schedule: str = "cosine"  # cosine | constant, over each phase's budget
     min_lr_ratio: float = 0.1  # where the cosine ends, as a share of lr
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    write_penalty: float = 0.0  # added to the loss: so many times the mean write strength of the memory layers
+    key_penalty: float = 0.0  # likewise the mean |cosine| between keys of different tokens
     grad_accum: int = 1  # micro-batches per step; each phase's batch size is per micro-batch
     device: str = "auto"  # auto (CUDA where there is one, else the CPU) | cpu
     precision: str = "auto"  # auto (bf16 autocast on a GPU that has it, else fp32) | fp32 | bf16
@@ -372,6 +388,8 @@ class TrainConfig(Settings):
         self.require_choice("schedule", ("cosine", "constant"))
         self.require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "needs a share from 0 to 1")
         self.require(self.grad_clip >= 0, "grad_clip", "needs a norm above 0, or 0 for no clipping")
+        for field in ("write_penalty", "key_penalty"):
+            self.require(getattr(self, field) >= 0, field, "needs a weight above 0, or 0 for none")
         self.require_positive("grad_accum", "log_every")
         self.require_choice("device", ("auto", "cpu"))
         self.require_choice("precision", ("auto", "fp32", "bf16"))

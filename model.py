@@ -23,11 +23,14 @@ import config
 import core
 import kernel_ops
 import lean
+import mixers
 
 # What a shut hard decay keeps: 2^-24 is below the rounding of the fp32 state, and unlike log 0 it has a gradient.
 SHUT = 2.0**-24
 # Largest logits tensor (elements) that the loss builds whole; above it the loss works through the rows in parts.
 WHOLE_LOGITS = 2**24
+# Keys of a sequence that the penalty on similar ones compares, evenly spread: it is quadratic in them.
+PENALISED_KEYS = 256
 # Rows per attention call: the CUDA kernels take a batch of at most 65,535.
 SDPA_ROWS = 2**15
 
@@ -39,12 +42,14 @@ class Output(NamedTuple):
     loss: mean cross-entropy in nats over scored tokens (targets != -100), a scalar; None without targets.
     diagnostics: one dictionary per layer, detached, when asked for; otherwise None.
     state: `HybridState` after the last token; pass it back to go on.
+    penalty: what `penalties` asked for, a scalar to add to the loss; None without.
     """
 
     logits: Tensor | None
     loss: Tensor | None
     diagnostics: list[dict] | None
     state: HybridState
+    penalty: Tensor | None = None
 
 
 class MemoryState(NamedTuple):
@@ -64,8 +69,15 @@ class WindowState(NamedTuple):
     values: Tensor
 
 
+class Penalties(NamedTuple):
+    """Weights of what training may add to the loss, each a mean over G layers, heads, tokens and sequences."""
+
+    write: float = 0.0  # of the write strength beta
+    keys: float = 0.0  # of |cosine| between keys of different tokens, on at most `PENALISED_KEYS` of them
+
+
 class HybridState(NamedTuple):
-    layers: tuple[MemoryState | WindowState, ...]
+    layers: tuple[MemoryState | WindowState | mixers.AttentionState | mixers.LinearState, ...]
     position: int  # tokens seen so far
 
 
@@ -99,17 +111,19 @@ def hard_sigmoid(logit: Tensor) -> Tensor:
     return _clamp01(1.2 * torch.sigmoid(logit) - 0.1)
 
 
-def rope(x: Tensor, position: int, base: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021). x [B, T, H, D], D even; token t is rotated by position + t.
+def straight_through(logit: Tensor) -> Tensor:
+    """The values of `hard_sigmoid` with the gradient of the sigmoid (Bengio, Leonard, Courville 2013, arXiv:1308.3432)."""
+    soft = torch.sigmoid(logit)
+    return soft + ((1.2 * soft - 0.1).clamp(0.0, 1.0) - soft).detach()
 
-    Pairs are (x_i, x_{i + D/2}) with frequency base^(-2i/D); angles are computed in fp32.
-    """
-    T, D = x.shape[1], x.shape[-1]
-    freq = base ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angle = torch.arange(position, position + T, device=x.device, dtype=torch.float32)[:, None] * freq
-    cos, sin = angle.cos()[:, None, :], angle.sin()[:, None, :]
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+def mean_cosine(k: Tensor) -> Tensor:
+    """Mean |cosine| between unit keys of different tokens of a head and sequence; k [B, T, H, K], T >= 2. A scalar."""
+    k = k[:, :: -(-k.shape[1] // PENALISED_KEYS)].transpose(1, 2).float()
+    n = k.shape[2]
+    # Of a unit key with itself it is 1: taken off as the diagonal itself, which rounding leaves a little beside 1.
+    off = (k @ k.mT).abs() * (1 - torch.eye(n, device=k.device))
+    return off.sum((-2, -1)).mean() / (n * (n - 1))
 
 
 class CausalConv(nn.Module):
@@ -322,7 +336,9 @@ class MemoryLayer(nn.Module):
     def _gates(self, write: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`gates` from their logits [B, T, H]."""
         with lean.full_precision(write):
-            beta = hard_sigmoid(write) if self.cfg.write_gate == "hard" else torch.sigmoid(write)
+            beta = {"sigmoid": torch.sigmoid, "hard": hard_sigmoid, "straight": straight_through}[self.cfg.write_gate](
+                write
+            )
             if decay is None:
                 return beta, torch.zeros_like(beta)
             if self.cfg.decay == "sigmoid":
@@ -345,8 +361,16 @@ class MemoryLayer(nn.Module):
         rows = self.key_bank.to(keys.dtype).transpose(0, 1)[torch.where(hit, slot, 0)]  # [B, T, H, K]
         return torch.where(hit[..., None, None], rows, keys), count
 
-    def forward(self, x: Tensor, tokens: Tensor, state: MemoryState | None, position: int, record: dict | None):
-        """x [B, T, d] -> (x + read, Memory, MemoryState)."""
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        state: MemoryState | None,
+        position: int,
+        record: dict | None,
+        penalties: Penalties | None = None,
+    ):
+        """x [B, T, d] -> (x + read, Memory, MemoryState, penalty: a scalar, or None without `penalties`)."""
         cfg = self.cfg
         B, T, _ = x.shape
         heads = (B, T, cfg.n_heads, -1)
@@ -381,7 +405,7 @@ class MemoryLayer(nn.Module):
             if cfg.key_bank_slots:
                 y, counted = self.bank_keys(y, tokens, count)
             if cfg.rope_keys:
-                y = rope(y, position, cfg.rope_base)
+                y = mixers.rope(y, position, cfg.rope_base)
             return y.to(v.dtype)
 
         k = finish(k)
@@ -408,7 +432,12 @@ class MemoryLayer(nn.Module):
             record.update(keys=k.detach(), beta=gate.detach(), log_decay=g.detach(), state=memory.state.detach())
             record.update(read=read.detach(), values=v.detach())
         state = MemoryState(memory.state, last_key, last_beta, (context_past, key_past, query_past), counted)
-        return x + self.out(read.flatten(2)), memory, state
+        penalty = None
+        if penalties is not None:
+            penalty = penalties.write * gate.mean()
+            if penalties.keys:
+                penalty = penalty + penalties.keys * mean_cosine(k)
+        return x + self.out(read.flatten(2)), memory, state, penalty
 
 
 class WindowLayer(nn.Module):
@@ -438,7 +467,7 @@ class WindowLayer(nn.Module):
         q, k, v, *rest = lean.normed_linears(x, self.norm, linears)
         q, k, v = (y.view(B, T, cfg.n_heads, -1) for y in (q, k, v))
         if cfg.use_rope:
-            q, k = rope(q, position, cfg.rope_base), rope(k, position, cfg.rope_base)
+            q, k = (mixers.rope(y, position, cfg.rope_base) for y in (q, k))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T, d / H]
         attended = self.out(window_attention(q, k, v, cfg.window_size, state).transpose(1, 2).reshape(B, T, d))
         if record is not None:
@@ -460,8 +489,8 @@ class WindowLayer(nn.Module):
 
 
 class TransparentHybrid(nn.Module):
-    """A language model over tokens [B, T]: embedding, then per letter of `layer_pattern` a G or S layer and a SwiGLU,
-    a final RMSNorm, and a head tied to the embedding.
+    """A language model over tokens [B, T]: embedding, then per letter of `layer_pattern` a layer and a SwiGLU, a final RMSNorm,
+    and a head tied to the embedding. Letters: G and S, and to compare them with, A and L of mixers.py.
     """
 
     def __init__(self, cfg: config.HybridConfig, *, generator: torch.Generator | None = None):
@@ -472,7 +501,14 @@ class TransparentHybrid(nn.Module):
         self.layers, self.norms, self.ffns = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, letter in enumerate(cfg.layer_pattern):
             reads = "G" in cfg.layer_pattern[:i]
-            self.layers.append(MemoryLayer(cfg) if letter == "G" else WindowLayer(cfg, reads_memory=reads))
+            self.layers.append(
+                {
+                    "G": lambda: MemoryLayer(cfg),
+                    "S": lambda reads=reads: WindowLayer(cfg, reads_memory=reads),
+                    "A": lambda: mixers.AttentionLayer(cfg),
+                    "L": lambda: mixers.LinearAttentionLayer(cfg),
+                }[letter]()
+            )
             self.norms.append(nn.RMSNorm(cfg.d_model, eps=1e-6))
             self.ffns.append(SwiGLU(cfg.d_model, cfg.ffn_dim))
         self.norm = nn.RMSNorm(cfg.d_model, eps=1e-6)
@@ -515,26 +551,33 @@ class TransparentHybrid(nn.Module):
         positions: Tensor | None = None,
         state: HybridState | None = None,
         diagnostics: bool = False,
+        penalties: Penalties | None = None,
     ) -> Output:
         """tokens [B, T] int64, T >= 1; targets [B, T] int64 with -100 where nothing is scored.
 
         positions: boolean [B, T]; logits are built for these N positions only, as [N, vocab].
         state: go on from an earlier call; the sequence is then the continuation of what that call saw.
         diagnostics: record keys, gates, states and reads of every layer (costs memory; nothing when False).
+        penalties: also return their weighted sum, for training; ValueError for a model without a G layer.
         Raises ValueError for tokens of another rank, dtype or outside the vocabulary (values are checked on the CPU; on
         a GPU the check would wait for the device, and the embedding raises there).
         """
         self._check(tokens, targets, positions, state)
+        if penalties is not None and "G" not in self.cfg.layer_pattern:
+            raise ValueError(f"penalties: are of G layers, of which {self.cfg} has none")
         x = self.embed(tokens)
         position = 0 if state is None else state.position
-        memory, states, records = None, [], [] if diagnostics else None
+        memory, states, records, added = None, [], [] if diagnostics else None, []
         for i, (letter, layer) in enumerate(zip(self.cfg.layer_pattern, self.layers, strict=True)):
             before = None if state is None else state.layers[i]
             record = {"layer": letter, "index": i} if diagnostics else None
             if letter == "G":
-                x, memory, after = layer(x, tokens, before, position, record)
-            else:
+                x, memory, after, penalty = layer(x, tokens, before, position, record, penalties)
+                added.append(penalty)
+            elif letter == "S":
                 x, after = layer(x, memory, before, position, record)
+            else:
+                x, after = layer(x, before, position, record)
             x = self.ffns[i](x, self.norms[i])
             states.append(after)
             if diagnostics:
@@ -546,7 +589,8 @@ class TransparentHybrid(nn.Module):
             logits = F.linear(x[positions], self.embed.weight)
         elif targets is None:
             logits = F.linear(x, self.embed.weight)
-        return Output(logits, loss, records, HybridState(tuple(states), position + tokens.shape[1]))
+        penalty = None if penalties is None else sum(added) / len(added)
+        return Output(logits, loss, records, HybridState(tuple(states), position + tokens.shape[1]), penalty)
 
     @torch.no_grad()
     def step(self, token: Tensor, state: HybridState | None = None) -> tuple[Tensor, HybridState]:
@@ -620,16 +664,15 @@ class TransparentHybrid(nn.Module):
         cfg = self.cfg
         if not isinstance(state, HybridState) or len(state.layers) != len(self.layers):
             raise ValueError(f"state: needs the HybridState of a model with {len(self.layers)} layers")
-        width = cfg.d_model // cfg.n_heads
+        H, K, V, width = cfg.n_heads, cfg.head_dim, cfg.value_dim, cfg.d_model // cfg.n_heads
+        kinds = dict(G=MemoryState, S=WindowState, A=mixers.AttentionState, L=mixers.LinearState)
+        shapes = dict(G=(K, V), L=(K, V + 1), A=(state.position, width))
+        shapes |= dict(S=(min(state.position, cfg.window_size - 1), width))
         for i, (letter, part) in enumerate(zip(cfg.layer_pattern, state.layers, strict=True)):
-            if not isinstance(part, MemoryState if letter == "G" else WindowState):
+            if not isinstance(part, kinds[letter]):
                 raise ValueError(f"state: layer {i} is {letter}, the state there is a {type(part).__name__}")
-            if letter == "G":
-                given, ok = part.memory, part.memory.shape == (B, cfg.n_heads, cfg.head_dim, cfg.value_dim)
-            else:
-                given, held = part.keys, min(state.position, cfg.window_size - 1)
-                ok = given.shape == (B, cfg.n_heads, held, width)
-            if not ok:
+            given = part[0]
+            if given.shape != (B, H, *shapes[letter]):
                 raise ValueError(
                     f"state: layer {i} ({letter}) holds {list(given.shape)}, which does not fit {B} sequences of {cfg}"
                 )

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 import analysis
 import config
 import data
+import model as models
 import runs
 
 # Runs on disk and where numbers come from, under the names that notebooks use.
@@ -239,9 +240,9 @@ def fit(
 
     Weights stay fp32; on a GPU the forward pass runs under bf16 autocast (`cfg.precision`). device="auto" is CUDA where
     there is one, else the CPU. Weight decay acts on parameters of two or more axes. Warm-up and cosine restart with each
-    phase, and the learning rate logged is the optimizer's own. Processes are Accelerate's, so `accelerate launch`
-    spreads the same call over several GPUs or hosts (which share run_dir); each process draws its own batches, the first
-    one measures and writes, and losses logged are means over all.
+    phase; the learning rate logged is the optimizer's own, the losses logged are without the penalties of `cfg`. Processes
+    are Accelerate's, so `accelerate launch` spreads the same call over several GPUs or hosts (which share run_dir); each
+    process draws its own batches, the first one measures and writes, and losses logged are means over all.
 
     run_dir: folder to keep the run in, saved before the first step, every `cfg.save_every` steps, after each phase and
     when interrupted; resume: go on from what is there. on_log: called with all rows so far after each logged step
@@ -448,11 +449,20 @@ def _gradients(accelerator, wrapped, phase, number, step, cfg) -> tuple[dict[str
         last = i == len(todo) - 1
         # The forward that Accelerate prepared brings its own autocast, which must not span the backward.
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            loss = wrapped(batch.tokens, batch.targets).loss
-            accelerator.backward(loss * (part.weight / cfg.grad_accum))
+            out = wrapped(batch.tokens, batch.targets, **_asked(cfg))
+            loss = out.loss
+            total = loss if not _asked(cfg) else loss + out.penalty
+            accelerator.backward(total * (part.weight / cfg.grad_accum))
         losses[part.label] = losses.get(part.label, 0.0) + loss.detach() / cfg.grad_accum
         tokens += batch.tokens.numel()
     return losses, tokens
+
+
+def _asked(cfg: config.TrainConfig) -> dict:
+    """What to call a model with besides tokens and targets. A model without memory layers refuses penalties."""
+    if cfg.write_penalty == cfg.key_penalty == 0:
+        return {}
+    return {"penalties": models.Penalties(cfg.write_penalty, cfg.key_penalty)}
 
 
 def _clip(accelerator, model, largest: float) -> torch.Tensor:
@@ -579,9 +589,10 @@ def fit_ensemble(
 
     def loss_of(p, b, tokens, targets):
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
-            return torch.func.functional_call(base, (p, b), (tokens, targets)).loss
+            out = torch.func.functional_call(base, (p, b), (tokens, targets), _asked(cfg))
+            return (out.loss + out.penalty if _asked(cfg) else out.loss), out.loss
 
-    gradient = torch.func.vmap(torch.func.grad_and_value(loss_of))
+    gradient = torch.func.vmap(torch.func.grad_and_value(loss_of, has_aux=True))
     # The update of AdamW is proportional to its rate, so one optimizer at rate 1 serves every member: its step is
     # taken, and each member moves that way by its own rate.
     groups = _decay_groups(params.values(), cfg.weight_decay, stacked=1)
@@ -599,7 +610,7 @@ def fit_ensemble(
             drawn = [tasks[choice].sample(batch_size, generator) for generator in generators]
             tokens = torch.stack([b.tokens for b in drawn]).to(device)
             targets = torch.stack([b.targets for b in drawn]).to(device)
-            found, value = gradient(params, buffers, tokens, targets)
+            found, (_, value) = gradient(params, buffers, tokens, targets)
             loss = loss + value.detach() / cfg.grad_accum
             grads = {n: grads.get(n, 0.0) + g / cfg.grad_accum for n, g in found.items()}
         norm = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)

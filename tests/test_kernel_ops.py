@@ -470,7 +470,7 @@ def test_the_memory_layer_compiles_whole(autocast):
 
     def forward(x):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-            y, memory, _ = layer(x, tokens, None, 0, None)
+            y, memory, *_ = layer(x, tokens, None, 0, None)
             return y, memory.read(queries)
 
     def results(function):

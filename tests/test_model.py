@@ -11,6 +11,7 @@ import analysis
 import audit
 import config
 import lean
+import mixers
 import model
 
 TINY = config.HybridConfig(
@@ -18,7 +19,7 @@ TINY = config.HybridConfig(
     init_std=0.3,
 )  # fmt: skip
 
-PATTERNS = ("G", "S", "GS", "SG", "GSS", "SGSG", "GGSS")
+PATTERNS = ("G", "S", "GS", "SG", "GSS", "SGSG", "GGSS", "A", "L", "AA", "LL", "GASL")
 OPTIONS = (
     {},
     {"shifted_value": False},
@@ -42,6 +43,7 @@ OPTIONS = (
     {"impl": "reference"},
 )
 CASES = [(p, o) for p, o in itertools.product(PATTERNS, OPTIONS) if p in ("GS", "SGSG") or o == {}]
+CASES += [("LA", {"shifted_value": False}), ("LA", {"use_rope": True}), ("GS", {"write_gate": "straight"})]
 
 
 def ident(case):
@@ -108,7 +110,7 @@ def test_one_token_at_a_time_equals_parallel(case):
     torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c[0] == "SGSG"], ids=ident)
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] in ("SGSG", "GASL", "LA")], ids=ident)
 def test_segments_equal_whole(case):
     net, x = build(*case), tokens(2, 40)
     with torch.no_grad():
@@ -120,7 +122,7 @@ def test_segments_equal_whole(case):
             state = out.state
     torch.testing.assert_close(torch.cat(parts, 1), whole.logits, rtol=1e-9, atol=1e-10)
     assert state.position == whole.state.position == 40
-    torch.testing.assert_close(state.layers[1].memory, whole.state.layers[1].memory, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(state.layers[1][0], whole.state.layers[1][0], rtol=1e-9, atol=1e-10)
 
 
 def test_state_does_not_grow():
@@ -171,7 +173,7 @@ def test_memory_layer_equals_the_recurrence_written_out():
                 S = S + torch.einsum("bhk,bhv->bhkv", k[:, t - 1], beta[:, t - 1, :, None] * wrong)
             reads.append(torch.einsum("bhk,bhkv->bhv", k[:, t], S))
         expected = net.embed(x) + layer.out(torch.stack(reads, 1).flatten(2))
-        got, _, state = layer(net.embed(x), x, None, 0, None)
+        got, _, state, _ = layer(net.embed(x), x, None, 0, None)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(state.memory, S, rtol=1e-10, atol=1e-10)
 
@@ -237,7 +239,7 @@ def test_rope_turns_keys_by_their_position(pattern, option):
         record = build(pattern, options)(x, diagnostics=True).diagnostics[0]
         return record["k"].transpose(1, 2) if pattern == "S" else record["keys"]  # [B, T, H, D]
 
-    torch.testing.assert_close(keys({option: True}), model.rope(keys({}), 0, TINY.rope_base), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(keys({option: True}), mixers.rope(keys({}), 0, TINY.rope_base), rtol=1e-9, atol=1e-12)
     assert (keys({option: True})[0, 5] - keys({})[0, 5]).abs().max() > 0.05
 
 
@@ -319,7 +321,7 @@ def test_mamba_decay_starts_at_the_same_half_life():
 def test_rope_scores_depend_on_distance_only(position):
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=g, dtype=torch.float64).unbind(0)
-    at = lambda x, p: model.rope(x, p, 100.0)[0, 0, 0]  # noqa: E731
+    at = lambda x, p: mixers.rope(x, p, 100.0)[0, 0, 0]  # noqa: E731
     torch.testing.assert_close(at(q, position + 7) @ at(k, position + 3), at(q, 4) @ at(k, 0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(at(q, 5).norm(), q.norm(), rtol=1e-6, atol=0)
 
