@@ -164,6 +164,7 @@ def fresh(seed: int) -> torch.Generator:
 
 
 BATCH_TOKENS = 2**17  # tokens of one evaluation batch, at most
+SEGMENT = 2**16  # tokens of a row that go through the model at once, at most
 BATCH_LOGITS = 2**26  # logits of one evaluation batch, at most: 256 MiB in fp32
 
 
@@ -191,12 +192,25 @@ def batches(task: data.Task, n: int, *, seed: int, tokens_per_batch: int = BATCH
         yield task.sample(min(size, n - start), generator)
 
 
-def score(model: torch.nn.Module, batch: data.Batch) -> tuple[Tensor, Tensor]:
-    """Which scored positions the model answers right. Returns (correct [N] bool, scored [B, T] bool), both on the CPU."""
+def score(model: torch.nn.Module, batch: data.Batch, *, segment: int = SEGMENT) -> tuple[Tensor, Tensor]:
+    """Which scored positions the model answers right. Returns (correct [N] bool, scored [B, T] bool), both on the CPU.
+
+    Rows longer than `segment` tokens go through a model of constant state piece by piece, so that a million tokens need the
+    memory of one piece.
+    """
     scored = batch.targets != -100
-    device = device_of(model)
-    logits = model(batch.tokens.to(device), positions=scored.to(device)).logits
-    return logits.argmax(-1).cpu() == batch.targets[scored], scored
+    device, T = device_of(model), scored.shape[1]
+    if T <= segment:
+        logits = model(batch.tokens.to(device), positions=scored.to(device)).logits
+        return logits.argmax(-1).cpu() == batch.targets[scored], scored
+    answers, state = torch.full_like(batch.targets, -100), None
+    for start in range(0, T, segment):
+        part = slice(start, start + segment)
+        asked = scored[:, part]
+        out = model(batch.tokens[:, part].to(device), positions=asked.to(device), state=state)
+        state = out.state
+        answers[:, part][asked] = out.logits.argmax(-1).cpu()
+    return answers[scored] == batch.targets[scored], scored
 
 
 def answers(

@@ -589,3 +589,20 @@ def test_attention_map_is_what_the_layer_does(window, use_rope):
     assert torch.allclose(mixed, record["window"], atol=1e-5)
     with pytest.raises(ValueError, match="record"):
         analysis.attention_map({"layer": "G"}, window)
+
+
+@pytest.mark.parametrize("pattern", ["GS", "GA", "SL"])
+def test_long_rows_in_pieces_give_the_answers_of_the_whole(pattern):
+    net = model.build(dataclasses.replace(config.preset("smoke"), layer_pattern=pattern, vocab_size=64, init_std=0.3))
+    task = data.MultiNeedle(seq_len=100, vocab_size=64, n_needles=3, layout="answers")
+    batch = task.sample(20, analysis.fresh(0))
+    # Half of the targets are what the model says, so that both outcomes occur.
+    with torch.no_grad():
+        said = net(batch.tokens).logits.argmax(-1)
+    batch.targets[::2] = torch.where(batch.scored[::2], said[::2], batch.targets[::2])
+    with analysis.evaluating(net):
+        whole, scored = analysis.score(net, batch)
+        for segment in (17, 99):
+            again, same = analysis.score(net, batch, segment=segment)
+            assert torch.equal(again, whole) and torch.equal(same, scored)
+    assert 0 < whole.sum() < len(whole)
