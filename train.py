@@ -555,6 +555,7 @@ def fit_ensemble(
     sweep it in the same run; None: cfg.lr for all. Several tasks: each step draws one, the same for all members, so that
     shapes agree. device: where to train. precision "auto" is fp32 here, on a GPU too: these models are small, and their
     rates are compared; "bf16" runs the forward under autocast.
+    history: loss by step and member, `lr` as the update took it (0 once a member is frozen) and `peak_lr` as it was asked.
     A member whose loss stops being finite is frozen as it was before that step, and its history says so.
     Raises ValueError for no seeds, repeated seeds at equal rates, rates that do not match the seeds, members that differ
     in more than their weights, a `cfg` that contradicts `device`, and `cfg.save_every`: an ensemble keeps no folder.
@@ -629,9 +630,10 @@ def fit_ensemble(
             for name, p in params.items():
                 p.copy_(old[name] + along(move, p) * (p - old[name]))
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            values = loss.tolist()
+            values, applied = loss.tolist(), move.tolist()
             for member, value in enumerate(values):
-                row = {"step": step, "member": member, "seed": seeds[member], "lr": rates[member], "loss": value}
+                row = {"step": step, "member": member, "seed": seeds[member], "peak_lr": rates[member]}
+                row |= {"lr": applied[member], "loss": value}
                 rows.append(row | {"alive": bool(alive[member])})
             bar.set_postfix(loss=f"{sum(values) / len(values):.3f}")
     params = {n: p.detach() for n, p in params.items()}

@@ -619,10 +619,12 @@ def test_ensemble_precision_is_that_of_the_forward():
 
 def test_rates_per_member_differ():
     run = ensemble([0, 0], lr=[1e-2, 1e-4])
-    last = run.history[run.history["step"] == 7].set_index("lr")["loss"]
+    last = run.history[run.history["step"] == 7].set_index("peak_lr")["loss"]
     assert last[1e-2] != last[1e-4]
     first = run.history[run.history["step"] == 0]["loss"]
     assert first.nunique() == 1
+    for row in run.history.itertuples():  # what the update took, warm-up and all
+        assert row.lr == pytest.approx(row.peak_lr * train.lr_factor(row.step, 8, TRAIN))
 
 
 def test_diverged_member_is_frozen_and_the_others_go_on():

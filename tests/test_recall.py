@@ -1,0 +1,139 @@
+"""Studies of recall at toy size: arms differ, rows say what they are of, nothing is trained twice, summaries count seeds."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+
+import analysis
+import audit
+import config
+import model
+import recall
+
+TINY = recall.Size(
+    d_model=16, n_heads=2, width=8, vocab_size=64, lengths=(16, 32), needles=(1, 2), tokens=64, steps=3, far=(32, 64),
+    asked=3, widths=(16, 32), mqar=(32, 4), mqar_far=(64, 8), trials=20,
+)  # fmt: skip
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setattr(recall.torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("size", [TINY, recall.SMOKE, recall.FULL], ids=["tiny", "smoke", "full"])
+def test_arms_of_a_study_are_all_different(size):
+    rates = dict.fromkeys(recall.MIXERS, 1e-3)
+    for arms in (
+        recall.gates(size),
+        recall.gates(size, patterns=("G", "GSGS")),
+        recall.mixers(size),
+        recall.mixers(size, rates=rates),
+    ):
+        assert len({arm.name for arm in arms}) == len({arm.key for arm in arms}) == len(arms)
+    assert len(recall.mixers(size)) == len(recall.MIXERS) * len(recall.RATES)
+    assert len(recall.mixers(size, rates=rates)) == len(recall.MIXERS) * len(size.widths)
+
+
+def test_the_key_of_an_arm_follows_every_setting_but_its_name():
+    arm = recall.gates(TINY)[0]
+    assert dataclasses.replace(arm, name="other").key == arm.key
+    task = arm.tests[0][1]
+    changes = [
+        dict(cfg=dataclasses.replace(arm.cfg, g_bias=3.0)),
+        dict(training=dataclasses.replace(arm.training, lr=1e-4)),
+        dict(phases=(dataclasses.replace(arm.phases[0], steps=4),)),
+        dict(tests=(("a", dataclasses.replace(task, n_needles=1)),)),
+        dict(trials=21),
+    ]
+    keys = {dataclasses.replace(arm, **change).key for change in changes}
+    assert len(keys) == len(changes) and arm.key not in keys
+
+
+def test_mixers_differ_in_what_they_compute():
+    arms = [arm for arm in recall.mixers(TINY) if arm.training.lr == recall.RATES[0]]
+    nets = {arm.name: model.build(arm.cfg) for arm in arms}
+    tokens = arms[0].tests[0][1].sample(4, analysis.fresh(0)).tokens
+    outputs = [net(tokens).logits for net in nets.values()]
+    assert all((a - b).abs().max() > 0 for i, a in enumerate(outputs) for b in outputs[:i])
+    for net in nets.values():
+        audit.require(audit.causality(net, tokens, positions=(0, 12, 30)))
+
+
+def test_rows_are_kept_and_nothing_is_trained_twice(tmp_path, cpu, monkeypatch):
+    path, arms = tmp_path / "rows.jsonl", recall.gates(TINY)[:2]
+    rows = recall.run(arms, seeds=(0, 1), out=path, study="gates")
+    assert len(rows) == 2 * 2 * len(TINY.far) and set(rows["seed"]) == {0, 1}
+    assert (rows["trials"] >= TINY.trials).all() and set(rows["length"]) == set(TINY.far)
+    assert rows["chance"].tolist() == [1 / (64 - 3)] * len(rows) and set(rows["steps"]) == {3}
+    assert (rows["parameters"] == model.build(arms[0].cfg).count_params()).all()
+    assert rows.groupby("seed")["accuracy"].size().tolist() == [4, 4]
+    lines = path.read_text().splitlines()
+
+    def never(*args, **options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(recall, "trained", never)
+    again = recall.run(arms, seeds=(0, 1), out=path, study="gates")
+    pd.testing.assert_frame_equal(again, rows)
+    assert path.read_text().splitlines() == lines and [json.loads(line)["study"] for line in lines] == ["gates"] * 8
+    with pytest.raises(AssertionError, match="trained again"):
+        recall.run([dataclasses.replace(arms[0], trials=21)], seeds=(0,), out=path)
+    pd.testing.assert_frame_equal(recall.load(path, "gates"), rows)
+    assert recall.load(path, "mixers").empty and recall.load(tmp_path / "none", "gates").empty
+
+
+def test_what_is_said_of_the_memory(cpu):
+    cfg = TINY.model(write_gate="hard", decay="none")
+    net = model.build(cfg)
+    task = recall.gates(TINY)[0].tests[0][1]
+    with recall.torch.no_grad():
+        net.layers[0].write_gate.weight.zero_()
+        net.layers[0].write_gate.bias.fill_(-9.0)
+    assert recall.memory_of(net, task) == dict(beta=0.0, log_decay=0.0, shut=1.0)
+    with recall.torch.no_grad():
+        net.layers[0].write_gate.bias[0] = 9.0
+    assert recall.memory_of(net, task) == dict(beta=0.5, log_decay=0.0, shut=0.0)
+    assert recall.memory_of(model.build(TINY.model("S")), task) == {}
+
+
+def rows_of(arm, values, *, test="far", lr=1e-3):
+    common = dict(arm=arm, test=test, length=64, trials=1000, chance=0.01, parameters=10, state=5, lr=lr)
+    return [dict(common, accuracy=a, low=a - 0.1, high=min(1.0, a + 0.1), seed=i) for i, a in enumerate(values)]
+
+
+def test_summaries_are_over_seeds():
+    table = recall.summary(pd.DataFrame(rows_of("a", [1.0, 0.9, 0.8]) + rows_of("b", [0.5]))).set_index("arm")
+    mean, low, high = analysis.mean_interval([1.0, 0.9, 0.8])
+    assert table.loc["a", ["accuracy", "low", "high", "worst", "seeds"]].tolist() == [mean, low, min(high, 1.0), 0.8, 3]
+    assert table.loc["b", ["accuracy", "low", "high", "seeds"]].tolist() == [0.5, 0.4, 0.6, 1]
+
+
+def test_the_best_rate_of_each_mixer():
+    rows = [
+        *rows_of("DeltaNet, d 128, rate 0.001", [0.5], lr=1e-3),
+        *rows_of("DeltaNet, d 128, rate 0.01", [0.7], lr=1e-2),
+        *rows_of("hybrid, d 128, rate 0.01", [1.0], lr=1e-2),
+        *rows_of("hybrid, d 128, rate 0.001", [1.0], lr=1e-3),
+        *rows_of("hybrid, d 128, rate 0.01", [0.0], lr=1e-2, test="other"),
+    ]
+    assert recall.best_rates(pd.DataFrame(rows), "far") == {"DeltaNet": 1e-2, "hybrid": 1e-3}
+
+
+def test_the_command(tmp_path, cpu, monkeypatch, capsys):
+    monkeypatch.setattr(recall, "SMOKE", TINY)
+    out = tmp_path / "rows.jsonl"
+    recall.main(["gates", "--smoke", "--seeds", "0", "--arms", "bias 2;hard decay", "--out", str(out)])
+    assert len(out.read_text().splitlines()) == 3 * 2
+    assert "hard decay, hard write, penalty" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        recall.main(["none"])
+
+
+def test_phases_train_at_every_length_and_count():
+    options = recall.gates(recall.FULL)[0].phases[0].streams[0].options
+    assert {t.seq_len for t in options} == set(recall.FULL.lengths)
+    assert {t.n_needles for t in options} == set(recall.FULL.needles)
+    assert isinstance(recall.FULL, config.Settings)
