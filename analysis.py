@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
@@ -319,7 +322,76 @@ def loss(model: torch.nn.Module, batch_list, *, precision: str = "auto") -> tupl
     return mean, low, high, sum(weights)
 
 
+def loss_by_position(
+    model: torch.nn.Module, rows: data.Batch, edges: Iterable[int], *, rows_per_batch: int = 4, precision: str = "auto"
+) -> pd.DataFrame:
+    """Mean loss in nats per scored token by position in the row, with its 95% t interval over rows.
+
+    edges: ascending positions; bucket i holds those from edges[i] to edges[i + 1] - 1. Columns: position (the first of the
+    bucket), until (the last), loss, low, high, tokens, rows. ValueError for edges outside the row or out of order, and for
+    a bucket that fewer than 2 rows score in.
+    """
+    edges, T = list(edges), rows.tokens.shape[1]
+    if len(edges) < 2 or edges != sorted(set(edges)) or not 0 <= edges[0] < edges[-1] <= T:
+        raise ValueError(f"edges = {edges}: needs at least 2 ascending positions from 0 to {T}")
+    device, sums = device_of(model), torch.zeros(len(rows.tokens), len(edges) - 1, dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    with evaluating(model, precision=precision):
+        for start in range(0, len(rows.tokens), rows_per_batch):
+            part = rows.rows(slice(start, start + rows_per_batch))
+            for i, (a, b) in enumerate(itertools.pairwise(edges)):
+                asked = part.targets != -100
+                asked[:, :a] = asked[:, b:] = False
+                logits = model(part.tokens.to(device), positions=asked.to(device)).logits.float()
+                nats = F.cross_entropy(logits, part.targets[asked].to(device), reduction="none").double().cpu()
+                row = asked.nonzero()[:, 0] + start
+                sums[:, i].index_add_(0, row, nats)
+                counts[:, i] += torch.bincount(row, minlength=len(sums))
+    table = []
+    for i, (a, b) in enumerate(itertools.pairwise(edges)):
+        scored = counts[:, i] > 0
+        if scored.sum() < 2:
+            raise ValueError(f"rows: {int(scored.sum())} rows are scored from {a} to {b - 1}; an interval needs 2")
+        means, weights = (sums[scored, i] / counts[scored, i]).numpy(), counts[scored, i].numpy()
+        mean, low, high = _weighted_interval(means, weights, 0.95)
+        row = {"position": a, "until": b - 1, "loss": mean, "low": low, "high": high}
+        table.append(row | {"tokens": int(weights.sum()), "rows": len(means)})
+    return pd.DataFrame(table)
+
+
 # ------------------------------------------------------------------------------------------------ ablations
+
+
+PATHS = {"memory": ("G", "out"), "read": ("S", "read_out"), "window": ("S", "out")}
+
+
+@contextlib.contextmanager
+def without(model: models.TransparentHybrid, *paths: str):
+    """The model with some of its paths adding nothing to the residual stream, and afterwards as it was.
+
+    paths: "memory" (what G layers read), "read" (what S layers read of a memory), "window" (their attention). ValueError for
+    another one, or one that the model does not have.
+    """
+    unknown = [path for path in paths if path not in PATHS]
+    if unknown or not paths:
+        raise ValueError(f"paths = {paths}: choose of {', '.join(map(repr, PATHS))}")
+    weights = []
+    for letter, name in (PATHS[path] for path in paths):
+        pairs = zip(model.cfg.layer_pattern, model.layers, strict=True)
+        found = [getattr(layer, name).weight for x, layer in pairs if x == letter and hasattr(layer, name)]
+        if not found:
+            raise ValueError(f"paths = {paths}: {model.cfg} has no layer {letter} with {name}")
+        weights += found
+    kept = [w.detach().clone() for w in weights]
+    try:
+        with torch.no_grad():
+            for w in weights:
+                w.zero_()
+        yield model
+    finally:
+        with torch.no_grad():
+            for w, old in zip(weights, kept, strict=True):
+                w.copy_(old)
 
 
 def state_versus_window(model, task: data.Task, *, trials: int = 1000, seed: int = 10_000) -> pd.DataFrame:

@@ -606,3 +606,53 @@ def test_long_rows_in_pieces_give_the_answers_of_the_whole(pattern):
             again, same = analysis.score(net, batch, segment=segment)
             assert torch.equal(again, whole) and torch.equal(same, scored)
     assert 0 < whole.sum() < len(whole)
+
+
+# ------------------------------------------------------------------------------------------------ positions and paths
+
+
+def test_loss_by_position_is_the_loss_of_its_tokens():
+    net = model.build(dataclasses.replace(config.preset("smoke"), vocab_size=64, init_std=0.3))
+    rows = data.Bigrams(seq_len=40, vocab_size=64).sample(7, analysis.fresh(0))
+    rows.targets[:, 5:9] = -100
+    rows.targets[3, 20:] = -100
+    table = analysis.loss_by_position(net, rows, [0, 8, 20, 40], rows_per_batch=3)
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(net(rows.tokens).logits.mT, rows.targets, reduction="none")
+    for line, (a, b) in zip(table.itertuples(), ((0, 8), (8, 20), (20, 40)), strict=True):
+        scored = rows.scored[:, a:b]
+        assert (line.position, line.until, line.tokens) == (a, b - 1, int(scored.sum()))
+        assert line.loss == pytest.approx(float(nats[:, a:b][scored].mean()), rel=1e-5)
+        assert line.low < line.loss < line.high and line.rows == (6 if a == 20 else 7)
+    for edges in ([0], [8, 0], [0, 41], [0, 5, 5]):
+        with pytest.raises(ValueError, match="edges"):
+            analysis.loss_by_position(net, rows, edges)
+    with pytest.raises(ValueError, match="0 rows are scored from 5 to 8"):
+        analysis.loss_by_position(net, rows, [5, 9])
+
+
+def test_paths_are_taken_out_and_put_back():
+    net = model.build(dataclasses.replace(config.preset("smoke"), vocab_size=64, init_std=0.3))
+    x = data.Bigrams(seq_len=40, vocab_size=64).sample(2, analysis.fresh(0)).tokens
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    logits = net(x).logits
+    for path, where in (("memory", "layers.0.out"), ("read", "layers.1.read_out"), ("window", "layers.1.out")):
+        with analysis.without(net, path):
+            gone = {name for name, p in net.named_parameters() if not p.any()}
+            assert f"{where}.weight" in gone and len(gone - {n for n, p in before.items() if not p.any()}) == 1
+            assert not torch.equal(net(x).logits, logits)
+        assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    with pytest.raises(RuntimeError), analysis.without(net, "memory", "read"):
+        raise RuntimeError
+    assert torch.equal(net(x).logits, logits)
+    # Without its memory, a model answers by its window alone: the state of a G layer reaches nothing.
+    with analysis.without(net, "memory", "read"):
+        state = net(x[:, :20]).state
+        other = state._replace(layers=(state.layers[0]._replace(memory=state.layers[0].memory + 1), state.layers[1]))
+        assert torch.equal(net(x[:, 20:], state=state).logits, net(x[:, 20:], state=other).logits)
+    for paths in ((), ("memoir",)):
+        with pytest.raises(ValueError, match="paths"):
+            analysis.without(net, *paths).__enter__()
+    alone = model.build(dataclasses.replace(config.preset("smoke"), vocab_size=64, layer_pattern="S"))
+    with pytest.raises(ValueError, match="no layer S with read_out"):
+        analysis.without(alone, "read").__enter__()
