@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import analysis
 import config
 import data
 import model
+import ruler
 import runs
 import train
 
@@ -92,6 +95,14 @@ class Size(config.Settings):
 
 
 FULL = Size()
+# The 33M hybrid at the lengths of the notes.
+LARGE = Size(d_model=512, n_heads=8, vocab_size=50_257, lengths=(256, 512, 1024, 2048), lr=1e-3)
+SIZES = dict(
+    keys=dataclasses.replace(FULL, lengths=(256, 512, 1024, 2048)),
+    counts=LARGE,
+    ruler=dataclasses.replace(LARGE, far=(2048, 8192, 32768, 65536), tokens=2**15),
+    language=LARGE,
+)
 SMOKE = Size(
     d_model=64, n_heads=2, width=32, vocab_size=256, lengths=(64, 128), needles=(1, 2, 5), tokens=2048, steps=120,
     far=(128, 512), asked=5, widths=(64,), mqar=(64, 8), mqar_far=(128, 16), trials=1000,
@@ -109,13 +120,7 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
     needle = data.MultiNeedle(
         seq_len=size.lengths[0], vocab_size=size.vocab_size, n_needles=1, n_markers=max(size.asked, *size.needles)
     )
-    options = [
-        dataclasses.replace(needle, seq_len=length, n_needles=n)
-        for length in size.lengths
-        for n in size.needles
-        if 4 * n <= length
-    ]
-    phase = train.Phase("needles", train.Part(tuple(options), tokens=size.tokens, name="needles"), size.steps)
+    phase = train.Phase("needles", _needles(size, needle, size.needles), size.steps)
     tests = tuple(
         (f"{length:,} tokens", dataclasses.replace(needle, n_needles=size.asked, seq_len=length)) for length in size.far
     )
@@ -151,9 +156,10 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
 MIXERS = {  # two layers each, at most 2 heads; every recurrent one with the shifted write
     "softmax attention": dict(layer_pattern="AA", use_rope=True),
     "linear attention": dict(layer_pattern="LL"),
-    "DeltaNet": dict(layer_pattern="GG", decay="none"),
-    "gated delta, Mamba-style decay": dict(layer_pattern="GG", decay="mamba"),
-    "hybrid": dict(layer_pattern="GS", decay="none", use_rope=True),
+    "DeltaNet": dict(layer_pattern="GG", decay="none", beta_bias=-4.0),
+    "gated delta, Mamba-style decay": dict(layer_pattern="GG", decay="mamba", beta_bias=-4.0),
+    "hybrid": dict(layer_pattern="GS", decay="none", beta_bias=-4.0, use_rope=True),
+    "hybrid, write penalty": dict(layer_pattern="GS", decay="none", beta_bias=-4.0, use_rope=True),
 }
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -176,11 +182,204 @@ def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | No
             cfg = dataclasses.replace(size.model(), **common, **changes)
             for lr in [rates[name]] if rates else RATES:
                 label = f"{name}, d {d}" + ("" if rates else f", rate {lr:g}")
-                arms.append(Arm(label, cfg, phases, size.training(lr=lr), tests, size.trials))
+                # Weak writes erase little of what lies beside them: pairs far beyond those of training are then kept too.
+                more = dict(write_penalty=1.0) if "penalty" in name else {}
+                arms.append(Arm(label, cfg, phases, size.training(lr=lr, **more), tests, size.trials))
     return arms
 
 
-STUDIES: dict[str, Callable[..., list[Arm]]] = {"gates": gates, "mixers": mixers}
+SHUT = dict(decay="none", write_gate="hard")  # gates that can be exactly shut, and nothing that forgets
+
+
+def text(size: Size) -> data.LanguageModel:
+    """The text that WORKBOOK_CORPUS and WORKBOOK_TOKENIZER name; by default Python's documentation, byte by byte, for a small
+    size, and WikiText-103 with the GPT-NeoX tokenizer from the hub for others."""
+    small = size.vocab_size <= 512
+    corpus = data.corpus(
+        os.environ.get("WORKBOOK_CORPUS", "offline" if small else "wikitext-103"), max_bytes=12_000_000
+    )
+    coder = data.tokenizer(os.environ.get("WORKBOOK_TOKENIZER", "bytes" if small else "EleutherAI/gpt-neox-20b"))
+    return data.LanguageModel(corpus=corpus, tokenizer=coder)
+
+
+def _needles(size: Size, task: data.NeedleTask, counts: Iterable[int], *more: data.Task) -> train.Part:
+    """A part that draws one of the training lengths and needle counts each step, as far as they fit."""
+    room = lambda length, n: length >= 2 * n * (task.needle_width + task.cue_width)  # noqa: E731
+    options = [
+        dataclasses.replace(t, seq_len=length, n_needles=n)
+        for t in (task, *more)
+        for length in size.lengths
+        for n in counts
+        if room(length, n)
+    ]
+    return train.Part(tuple(options), tokens=size.tokens, name="needles")
+
+
+def keys(size: Size) -> list[Arm]:
+    """What tells one needle from another: markers of their own, slots, or the context of a marker that all share.
+
+    Five needles, by the keys of G layers: learned, rotated, orthonormal by slot, or convolved over the context.
+    """
+    common = dict(seq_len=size.lengths[-1], vocab_size=size.vocab_size, n_needles=5)
+    unique = data.MultiNeedle(**common, n_markers=16)
+    shared = data.SharedMarkerNeedles(**common)
+    slots = data.SlotNeedles(**common, n_slots=16)
+    first = size.vocab_size - 16  # id of the first marker, or slot
+    bank = dict(key_bank_slots=16, key_bank_start=first)
+    settings = {
+        "unique markers": (unique, "GS", {}),
+        "unique markers, values not shifted": (unique, "GS", dict(shifted_value=False)),
+        "unique markers, RoPE on keys": (unique, "GS", dict(rope_keys=True)),
+        "unique markers, context convolution of 8": (unique, "GS", dict(key_context_conv=8)),
+        "unique markers, key bank": (unique, "GS", bank),
+        "slots, learned keys": (slots, "GS", {}),
+        "slots, key bank and write counter": (slots, "GS", bank | dict(key_bank_marker=first - 1)),
+        "one marker, keys of one token": (shared, "GS", {}),
+        "one marker, key convolution of 2": (shared, "GS", dict(key_conv_width=2)),
+        "one marker, key convolution of 4": (shared, "GS", dict(key_conv_width=4)),
+        "one marker, window before the memory": (shared, "SG", {}),
+    }
+    arms = []
+    for name, (task, pattern, changes) in settings.items():
+        cfg = dataclasses.replace(size.model(pattern, **SHUT), window_size=32, **changes)
+        phase = train.Phase("needles", _needles(size, task, (1, 2, 3, 5)), size.steps)
+        lengths = size.lengths[-1], 4 * size.lengths[-1]
+        tests = tuple((f"{n:,} tokens", dataclasses.replace(task, seq_len=n)) for n in lengths)
+        arms.append(Arm(name, cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials))
+    return arms
+
+
+def penalties(size: Size) -> list[Arm]:
+    """Do penalties on similar keys and on writing help, as the source notes believed? Soft gates, as there."""
+    task = data.MultiNeedle(
+        seq_len=size.lengths[-1], vocab_size=size.vocab_size, n_needles=size.needles[-1], n_markers=size.needles[-1]
+    )
+    part = _needles(size, task, size.needles)
+    lengths = size.lengths[-1], 4 * size.lengths[-1], 16 * size.lengths[-1]
+    tests = tuple((f"{n:,} tokens", dataclasses.replace(task, seq_len=n)) for n in lengths)
+    settings = {
+        "no penalty": {},
+        "keys .1": dict(key_penalty=0.1),
+        "keys .5": dict(key_penalty=0.5),
+        "write .1": dict(write_penalty=0.1),
+        "write .3": dict(write_penalty=0.3),
+        "keys .5, write .3": dict(key_penalty=0.5, write_penalty=0.3),
+    }
+    phases = {name: (train.Phase("needles", part, size.steps),) for name in settings}
+    # Half of the budget each, so that every arm has the same number of steps.
+    half = size.steps // 2
+    for name, more in {"half, then keys .5, slower": dict(key_penalty=0.5), "half, then nothing, slower": {}}.items():
+        slower = train.Phase("slower", part, size.steps - half, lr=size.lr / 3, **more)
+        phases[name], settings[name] = (train.Phase("needles", part, half), slower), {}
+    cfg = size.model("GS")
+    return [Arm(n, cfg, phases[n], size.training(**more), tests, size.trials) for n, more in settings.items()]
+
+
+def ids(size: Size) -> list[Arm]:
+    """Values from a narrow range of ids, which can be learned by heart, or from all: what is left for ids never asked for."""
+    task = data.MultiNeedle(seq_len=size.lengths[-1], vocab_size=size.vocab_size, n_needles=5, n_markers=16)
+    top = task.values[1]
+    seen, fresh = (top - top // 8, top - top // 16), (top - top // 16, top)
+    settings = {"50 ids": (top - top // 16 - 50, top - top // 16), "a sixteenth of the ids": seen, "all ids": None}
+    arms = []
+    for name, span in settings.items():
+        part = _needles(size, dataclasses.replace(task, needle_range=span), (1, 2, 3, 5))
+        asked = {"ids of training": span, "fresh ids": fresh}
+        tests = tuple((test, dataclasses.replace(task, needle_range=chosen)) for test, chosen in asked.items())
+        phase = train.Phase("needles", part, size.steps)
+        arms.append(
+            Arm(name, size.model("GS", **SHUT), (phase,), size.training(write_penalty=0.02), tests, size.trials)
+        )
+    return arms
+
+
+def _text(size: Size, text: data.LanguageModel | None, n_special: int) -> tuple[int, list[data.LanguageModel]]:
+    """Ids that a model needs beside `n_special` markers, and the training and held-out text with as many."""
+    if text is None:
+        return size.vocab_size, []
+    vocab = config.round_up(text.tokenizer.vocab_size + n_special, 64)
+    sides = (dataclasses.replace(text, split=split, vocab_size=vocab) for split in ("train", "validation"))
+    return vocab, list(sides)
+
+
+def counts(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
+    """2 to 64 needles behind markers of their own at the longest length of training, in random ids and in held-out text."""
+    asked = [n for n in (2, 3, 5, 16, 64) if n <= size.asked]
+    vocab, sides = _text(size, text, asked[-1])
+    length = size.lengths[-1]
+    plain = data.MultiNeedle(seq_len=length, vocab_size=vocab, n_needles=1, n_markers=asked[-1])
+    hidden = [dataclasses.replace(plain, haystack=side) for side in sides]
+    phase = train.Phase("needles", _needles(size, plain, (1, *asked), *hidden[:1]), size.steps)
+    tests = [(f"{n} in random ids", dataclasses.replace(plain, n_needles=n)) for n in asked]
+    tests += [(f"{n} in text", dataclasses.replace(task, n_needles=n)) for task in hidden[1:] for n in asked]
+    cfg = dataclasses.replace(size.model("GS", **SHUT), vocab_size=vocab, value_dim=2 * size.width)
+    return [Arm("hybrid", cfg, (phase,), size.training(write_penalty=0.02), tuple(tests), size.trials)]
+
+
+def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
+    """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; with one memory layer and with two."""
+    vocab, sides = _text(size, text, 33)
+    sides = sides or [None, None]
+    at = lambda length, side: ruler.suite(length, vocab, haystack=side)  # noqa: E731
+    names = list(at(size.lengths[-1], None))
+    parts = [
+        train.Part(tuple(at(length, sides[0])[name] for length in size.lengths), tokens=size.tokens // 8, name=name)
+        for name in names
+    ]
+    phase = train.Phase("ruler", tuple(parts), size.steps)
+    tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
+    arms = []
+    for pattern in ("GS", "GSGS"):
+        cfg = dataclasses.replace(size.model(pattern, **SHUT), vocab_size=vocab, value_dim=2 * size.width)
+        arms.append(Arm(f"hybrid, {pattern}", cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials))
+    return arms
+
+
+def language(
+    size: Size, text: data.LanguageModel, *, weights: Iterable[float] = (0.0, 0.05, 0.2, 0.5, 1.0)
+) -> list[Arm]:
+    """Language modelling with five needles beside it, by the weight of their loss; every arm sees the same text.
+
+    Soft gates that forget over 2,000 tokens beside gates that can be shut: does language keep them open?
+    """
+    vocab, (seen, held_out) = _text(size, text, 16)
+    length = size.lengths[-1]
+    seen, held_out = (dataclasses.replace(side, seq_len=length) for side in (seen, held_out))
+    plain = data.MultiNeedle(seq_len=length, vocab_size=vocab, n_needles=5, n_markers=16)
+    hidden = [dataclasses.replace(plain, haystack=side) for side in (seen, held_out)]
+    words = train.Part(seen, tokens=size.tokens, name="language")
+    tests = (("language", held_out), ("five in random ids", plain), ("five in text", hidden[1]))
+    arms = []
+    for gate, changes, more in (("soft gates", {}, {}), ("gates that can shut", SHUT, dict(write_penalty=0.02))):
+        cfg = dataclasses.replace(size.model("GS", **changes), vocab_size=vocab, value_dim=2 * size.width)
+        half = dataclasses.replace(size, tokens=size.tokens // 2)
+        for weight in weights:
+            asked = dataclasses.replace(_needles(half, plain, (1, 2, 3, 5), hidden[0]), weight=weight or 1.0)
+            phase = train.Phase("joint", (words, asked) if weight else words, size.steps)
+            name = f"{gate}, weight {weight:g}" if weight else f"{gate}, language alone"
+            arms.append(Arm(name, cfg, (phase,), size.training(**more), tests, size.trials))
+    return arms
+
+
+def order(size: Size, text: data.LanguageModel) -> list[Arm]:
+    """Needles first, language first, or both at once, for the same number of steps on each; and needles before both."""
+    first, *_ = language(size, text, weights=(0.5,))
+    both, (joint,) = first, first.phases
+    words, asked = joint.streams
+    half, slower = max(1, size.steps // 2), size.lr / 3
+    phases = {
+        "both at once": (joint, dataclasses.replace(joint, name="slower", lr=slower)),
+        "needles, then language": (train.Phase("n", asked, size.steps), train.Phase("w", words, size.steps, lr=slower)),
+        "language, then needles": (train.Phase("w", words, size.steps), train.Phase("n", asked, size.steps, lr=slower)),
+        "needles, then both": (train.Phase("n", asked, half), dataclasses.replace(joint, lr=slower)),
+    }
+    phases["both at once"] = tuple(dataclasses.replace(p, steps=half) for p in phases["both at once"])
+    return [dataclasses.replace(both, name=name, phases=chosen) for name, chosen in phases.items()]
+
+
+STUDIES: dict[str, Callable[..., list[Arm]]] = dict(gates=gates, mixers=mixers, keys=keys, penalties=penalties, ids=ids)
+# These take a text besides: `counts` and `ruler` for a haystack, `language` to learn it.
+WITH_TEXT: dict[str, Callable[..., list[Arm]]] = dict(counts=counts, ruler=ruler_tasks, language=language, order=order)
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -221,16 +420,27 @@ def trained(arm: Arm, seed: int, *, device: str = "auto", progress: bool = False
     training = dataclasses.replace(arm.training, seed=seed, device="auto" if cuda else "cpu")
     fitted = train.fit(net, arm.phases, training, progress=progress, on_log=on_log)
     common = dict(arm=arm.name, key=arm.key, seed=seed, parameters=net.count_params(), lr=training.lr)
-    common |= dict(steps=fitted.steps, seconds=round(fitted.seconds, 2), pattern=arm.cfg.layer_pattern)
+    common |= dict(model=repr(arm.cfg), d_model=arm.cfg.d_model, pattern=arm.cfg.layer_pattern)
+    common |= dict(steps=fitted.steps, seconds=round(fitted.seconds, 2))
     common |= dict(revision=runs.git_revision(), device=runs.device_name() if cuda else "cpu", **runs.versions())
     common |= dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), last_loss=_last_loss(fitted))
     inside = memory_of(net, arm.tests[0][1])
     rows = []
     for label, task in arm.tests:
-        rate = analysis.accuracy(net, task, trials=arm.trials)
-        row = dict(test=label, length=task.seq_len, **rate.row(), chance=task.chance)
-        rows.append(common | inside | row | dict(state=arm.cfg.state_size(task.seq_len)))
+        row = dict(test=label, length=task.seq_len, chance=task.chance, state=arm.cfg.state_size(task.seq_len))
+        if isinstance(task, data.LanguageModel):
+            mean, low, high, tokens = analysis.loss(net, _windows(task))
+            row |= dict(loss=mean, loss_low=low, loss_high=high, tokens=tokens)
+        else:
+            row |= analysis.accuracy(net, task, trials=arm.trials).row()
+        rows.append(common | inside | row)
     return net, rows, fitted
+
+
+def _windows(task: data.LanguageModel, *, rows: int = 96, at_once: int = 4) -> list[data.Batch]:
+    """Consecutive rows of a text, in batches."""
+    windows = task.windows(limit=rows)
+    return [windows.rows(slice(i, i + at_once)) for i in range(0, len(windows.tokens), at_once)]
 
 
 def _last_loss(fitted: train.Run) -> float:
@@ -277,10 +487,11 @@ def load(path: str | Path, study: str) -> pd.DataFrame:
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean accuracy of each arm and test over seeds with its 95% interval, and the fewest trials of a seed.
 
-    Two seeds or more: Student's t over them. One: Wilson's interval of its trials, and the table says so by `seeds`.
+    Two seeds or more: Student's t over them. One: Wilson's interval of its trials, and the table says so by `seeds`. Tests of
+    language are left to `losses`.
     """
     table = []
-    for (arm, test), part in rows.groupby(["arm", "test"], sort=False):
+    for (arm, test), part in rows.dropna(subset="accuracy").groupby(["arm", "test"], sort=False):
         if len(part) > 1:
             mean, low, high = analysis.mean_interval(part["accuracy"])
             low, high = max(low, 0.0), min(high, 1.0)
@@ -295,22 +506,95 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def losses(rows: pd.DataFrame, *, than: str) -> pd.DataFrame:
+    """Loss of each arm on held-out text, mean over seeds with its 95% interval, and its excess over that of arm `than` in
+    percent, paired by seed. ValueError for fewer than 2 seeds that both have."""
+    found = rows.dropna(subset="loss") if "loss" in rows else rows.iloc[:0]
+    by_arm = found.pivot(index="seed", columns="arm", values="loss")
+    if than not in by_arm:
+        raise ValueError(f"than = {than!r}: the rows hold losses of {list(by_arm.columns)}")
+    table = []
+    for arm in found["arm"].unique():
+        both = by_arm[[arm, than]].dropna().to_numpy() if arm != than else by_arm[[arm, arm]].dropna().to_numpy()
+        if len(both) < 2:
+            raise ValueError(f"rows: {arm!r} shares {len(both)} seeds with {than!r}; an interval needs 2")
+        mean, low, high = analysis.mean_interval(both[:, 0])
+        line = dict(arm=arm, loss=mean, low=low, high=high, seeds=len(both))
+        excess = analysis.mean_interval(100 * (both[:, 0] / both[:, 1] - 1)) if arm != than else (0.0, 0.0, 0.0)
+        table.append(line | dict(zip(("excess, %", "excess low", "excess high"), excess, strict=True)))
+    return pd.DataFrame(table)
+
+
+def source(study: str, rows: pd.DataFrame) -> dict:
+    """One line on where the rows of a study come from."""
+    line = dict(study=study, models=0, seeds=0, revision="", device="", day="")
+    if len(rows):
+        line |= dict(
+            models=len(rows.drop_duplicates(["key", "seed"])), seeds=rows["seed"].nunique(), day=rows["date"].max()[:10]
+        )
+        line |= {name: ", ".join(sorted(set(rows[name]))) for name in ("revision", "device")}
+    return line
+
+
+def shown(rows: pd.DataFrame, study: str) -> pd.DataFrame | None:
+    """The rows, or None and a line that says how they come about."""
+    if len(rows):
+        return rows
+    print(f"not in the results file; on a GPU, in minutes: python recall.py {study} --out results/recall.jsonl")
+    return None
+
+
+def by_test(rows: pd.DataFrame) -> pd.DataFrame:
+    """Arms by tests: mean accuracy over seeds in percent, its 95% interval in brackets."""
+    table = summary(rows)
+    cell = lambda r: f"{100 * r.accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]"  # noqa: E731
+    table["cell"] = [cell(r) for r in table.itertuples()]
+    order = dict(index=table["arm"].unique(), columns=table["test"].unique())
+    wide = table.pivot(index="arm", columns="test", values="cell").reindex(**order).fillna("")
+    first = table.drop_duplicates("arm").set_index("arm")
+    return wide.assign(seeds=first["seeds"], parameters=first["parameters"], chance=first["chance"])
+
+
+def inside(rows: pd.DataFrame) -> pd.DataFrame:
+    """What the first memory layer of each arm does on its first test: mean over seeds of the write strength and of the share of
+    tokens at which every head writes nothing, and the half-life in tokens of the mean log-decay (inf: nothing decays)."""
+    means = rows.drop_duplicates(["arm", "seed"]).groupby("arm", sort=False)[["beta", "shut", "log_decay"]].mean()
+    half = [math.log(0.5) / g if g < 0 else math.inf for g in means.pop("log_decay")]
+    return means.rename(columns={"beta": "write strength", "shut": "writes nothing"}).assign(**{"half-life": half})
+
+
+def beside(live: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies just measured, beside the range over seeds of the same arm in the file; empty where it has none."""
+    same = rows[rows["key"].isin(live["key"])] if len(rows) else rows
+    if not len(same):
+        return pd.DataFrame()
+    spread = same.groupby("test")["accuracy"].agg(["min", "mean", "max", "size"])
+    table = live.set_index("test")[["accuracy", "low", "high"]].join(spread, how="inner")
+    return table.rename(columns={"accuracy": "now", "size": "models in the file"})
+
+
 def best_rates(rows: pd.DataFrame, test: str) -> dict[str, float]:
     """Of a sweep of rates by `mixers`: the rate at which each mixer did best in `test`, of equals the lower one."""
-    rows = rows[rows["test"] == test].assign(mixer=rows["arm"].str.split(", d ").str[0]).sort_values("lr")
+    rows = of_mixers(rows[rows["test"] == test]).sort_values("lr")
     means = rows.groupby(["mixer", "lr"])["accuracy"].mean()
     return {mixer: float(part.idxmax()[1]) for mixer, part in means.groupby(level=0)}
 
 
+def of_mixers(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `mixers` with the name of the mixer as a column of its own."""
+    return rows.assign(mixer=rows["arm"].str.split(", d ").str[0])
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=(*STUDIES, *WITH_TEXT))
     parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated")
     parser.add_argument("--arms", default="", help="only arms whose name holds one of these words, separated by ;")
     parser.add_argument("--out", default="results/recall.jsonl")
     parser.add_argument("--smoke", action="store_true", help="the size of the smoke profile")
     args = parser.parse_args(arguments)
-    arms = STUDIES[args.study](SMOKE if args.smoke else FULL)
+    size = SMOKE if args.smoke else SIZES.get(args.study, FULL)
+    arms = STUDIES[args.study](size) if args.study in STUDIES else WITH_TEXT[args.study](size, text(size))
     if args.arms:
         arms = [arm for arm in arms if any(word in arm.name for word in args.arms.split(";"))]
     for arm in arms:

@@ -117,13 +117,18 @@ class Leave(config.Settings):
 
 @dataclass(frozen=True)
 class Phase(config.Settings):
-    """Train on `parts` for at most `steps` steps, or until `leave` says so. `lr` overrides the configuration's."""
+    """Train on `parts` for at most `steps` steps, or until `leave` says so.
+
+    lr, write_penalty and key_penalty override the configuration's.
+    """
 
     name: str
     parts: Part | tuple[Part, ...]
     steps: int
     leave: Leave | None = None
     lr: float | None = None
+    write_penalty: float | None = None
+    key_penalty: float | None = None
 
     def validate(self):
         self.require(isinstance(self.name, str), "name", "needs a string")
@@ -136,6 +141,9 @@ class Phase(config.Settings):
         self.require(ok, "leave", "needs a Leave, or None to use up all steps")
         ok = self.lr is None or (_is_number(self.lr) and self.lr > 0)
         self.require(ok, "lr", "needs a finite learning rate above 0, or None")
+        for name in ("write_penalty", "key_penalty"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 0, name, "needs a weight of at least 0, or None")
 
     @property
     def streams(self) -> tuple[Part, ...]:
@@ -449,20 +457,22 @@ def _gradients(accelerator, wrapped, phase, number, step, cfg) -> tuple[dict[str
         last = i == len(todo) - 1
         # The forward that Accelerate prepared brings its own autocast, which must not span the backward.
         with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            out = wrapped(batch.tokens, batch.targets, **_asked(cfg))
+            out = wrapped(batch.tokens, batch.targets, **_asked(cfg, phase))
             loss = out.loss
-            total = loss if not _asked(cfg) else loss + out.penalty
+            total = loss if out.penalty is None else loss + out.penalty
             accelerator.backward(total * (part.weight / cfg.grad_accum))
         losses[part.label] = losses.get(part.label, 0.0) + loss.detach() / cfg.grad_accum
         tokens += batch.tokens.numel()
     return losses, tokens
 
 
-def _asked(cfg: config.TrainConfig) -> dict:
+def _asked(cfg: config.TrainConfig, phase: Phase | None = None) -> dict:
     """What to call a model with besides tokens and targets. A model without memory layers refuses penalties."""
-    if cfg.write_penalty == cfg.key_penalty == 0:
-        return {}
-    return {"penalties": models.Penalties(cfg.write_penalty, cfg.key_penalty)}
+    own = [getattr(phase, name, None) for name in ("write_penalty", "key_penalty")]
+    weights = [
+        ours if own is None else own for own, ours in zip(own, (cfg.write_penalty, cfg.key_penalty), strict=True)
+    ]
+    return {"penalties": models.Penalties(*weights)} if any(weights) else {}
 
 
 def _clip(accelerator, model, largest: float) -> torch.Tensor:

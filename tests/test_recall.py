@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import analysis
 import audit
 import config
+import data
 import model
 import recall
 
@@ -54,7 +56,7 @@ def test_the_key_of_an_arm_follows_every_setting_but_its_name():
 
 def test_mixers_differ_in_what_they_compute():
     arms = [arm for arm in recall.mixers(TINY) if arm.training.lr == recall.RATES[0]]
-    nets = {arm.name: model.build(arm.cfg) for arm in arms}
+    nets = {arm.name: model.build(arm.cfg) for arm in arms if "penalty" not in arm.name}
     tokens = arms[0].tests[0][1].sample(4, analysis.fresh(0)).tokens
     outputs = [net(tokens).logits for net in nets.values()]
     assert all((a - b).abs().max() > 0 for i, a in enumerate(outputs) for b in outputs[:i])
@@ -109,6 +111,89 @@ def test_summaries_are_over_seeds():
     mean, low, high = analysis.mean_interval([1.0, 0.9, 0.8])
     assert table.loc["a", ["accuracy", "low", "high", "worst", "seeds"]].tolist() == [mean, low, min(high, 1.0), 0.8, 3]
     assert table.loc["b", ["accuracy", "low", "high", "seeds"]].tolist() == [0.5, 0.4, 0.6, 1]
+
+
+def test_tables_of_a_study(cpu):
+    rows = recall.run(recall.gates(TINY)[:2], seeds=(0, 1), study="gates")
+    table = recall.by_test(rows)
+    assert list(table.index) == [arm.name for arm in recall.gates(TINY)[:2]]
+    assert list(table.columns[:2]) == ["32 tokens", "64 tokens"] and set(table["seeds"]) == {2}
+    mean, low, high = recall.summary(rows)[["accuracy", "low", "high"]].iloc[0]
+    assert table.iloc[0, 0] == f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    inside = recall.inside(rows)
+    assert inside.loc["sigmoid decay, bias 2", "half-life"] == pytest.approx(config.half_life(2.0), rel=0.2)
+    assert inside.loc["sigmoid decay", "half-life"] > 100 * inside.loc["sigmoid decay, bias 2", "half-life"]
+    line = recall.source("gates", rows)
+    assert (line["models"], line["seeds"]) == (4, 2) and line["device"] == "cpu" and len(line["day"]) == 10
+    assert recall.source("keys", rows[:0])["models"] == 0
+    live = rows[(rows["seed"] == 0) & (rows["arm"] == "sigmoid decay")]
+    found = recall.beside(live, rows)
+    assert len(found) == 2 and set(found["models in the file"]) == {2}
+    assert (found["now"] >= found["min"]).all() and (found["now"] <= found["max"]).all()
+    assert recall.beside(live, rows[:0]).empty
+
+
+def test_missing_studies_say_how_to_run_them(capsys):
+    rows = pd.DataFrame(rows_of("a", [1.0]))
+    assert recall.shown(rows, "keys") is rows and capsys.readouterr().out == ""
+    assert recall.shown(rows[:0], "keys") is None and "python recall.py keys" in capsys.readouterr().out
+
+
+def test_losses_are_paired_by_seed():
+    loss = lambda arm, values: [dict(arm=arm, seed=s, loss=v) for s, v in values.items()]  # noqa: E731
+    rows = pd.DataFrame(loss("alone", {0: 4.0, 1: 5.0, 2: 9.0}) + loss("both", {0: 4.04, 1: 5.05}))
+    table = recall.losses(rows, than="alone").set_index("arm")
+    assert table.loc["both", ["excess, %", "excess low", "excess high", "seeds"]].tolist() == pytest.approx(
+        [1, 1, 1, 2]
+    )
+    assert table.loc["alone", ["loss", "excess, %", "seeds"]].tolist() == [6.0, 0.0, 3]
+    with pytest.raises(ValueError, match="than = 'none'"):
+        recall.losses(rows, than="none")
+    with pytest.raises(ValueError, match="shares 1 seeds"):
+        recall.losses(rows[[True, True, True, True, False]], than="alone")
+
+
+TEXT = data.LanguageModel(
+    data.Corpus("articles", tuple(f"Article {i}. " + "word " * 60 for i in range(30))), seq_len=32
+)
+SMALL = dataclasses.replace(TINY, vocab_size=320, lengths=(64, 128), far=(128,), tokens=256, steps=2, asked=3)
+
+
+@pytest.mark.parametrize("study", recall.WITH_TEXT)
+def test_studies_with_a_text(study, cpu):
+    size = dataclasses.replace(SMALL, tokens=1024) if study == "ruler" else SMALL
+    arms = recall.WITH_TEXT[study](size, TEXT)
+    assert len({arm.key for arm in arms}) == len({arm.name for arm in arms}) == len(arms)
+    rows = recall.run(arms[-1:], seeds=(0,), study=study)
+    assert len(rows) == len(arms[-1].tests)
+    if study in ("language", "order"):
+        assert rows["loss"].notna().sum() == 1 and rows["loss"].dropna().item() == pytest.approx(math.log(320), rel=0.3)
+    for task in (task for _, task in arms[-1].tests if getattr(task, "haystack", None)):
+        assert task.haystack.split == "validation"
+    for phase in arms[-1].phases:
+        for part in phase.streams:
+            for task in part.options:
+                text = task if isinstance(task, data.LanguageModel) else getattr(task, "haystack", None)
+                assert text is None or text.split == "train"
+
+
+@pytest.mark.parametrize("study", ["keys", "penalties", "ids"])
+def test_studies_without_a_text(study, cpu):
+    size = dataclasses.replace(SMALL, vocab_size=1100, width=16)
+    arms = recall.STUDIES[study](size)
+    assert len({arm.key for arm in arms}) == len({arm.name for arm in arms}) == len(arms)
+    rows = recall.run([arm for arm in arms if "slots" in arm.name or "slower" in arm.name] or arms, seeds=(0,))
+    assert rows["accuracy"].notna().all()
+
+
+def test_orders_train_each_part_for_as_many_steps():
+    arms = {arm.name: arm for arm in recall.order(SMALL, TEXT)}
+    for name in ("both at once", "needles, then language", "language, then needles"):
+        steps = {}
+        for phase in arms[name].phases:
+            for part in phase.streams:
+                steps[part.label] = steps.get(part.label, 0) + phase.steps
+        assert steps == {"language": SMALL.steps, "needles": SMALL.steps}
 
 
 def test_the_best_rate_of_each_mixer():
