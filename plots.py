@@ -121,7 +121,7 @@ def _in_doublings(ax, values) -> None:
     """A logarithmic x axis with a tick at every value."""
     values = sorted(set(values))
     ax.set_xscale("log", base=2)
-    ax.set_xticks(values, [f"{v:,}" for v in values])
+    ax.set_xticks(values, [f"{v:g}" if isinstance(v, float) else f"{v:,}" for v in values])
     ax.minorticks_off()
 
 
@@ -159,14 +159,21 @@ def accuracies(
 
 
 def errors(
-    table: pd.DataFrame, x: str, *, xlabel: str, by: str | None = None, also: str | None = None, log: bool = False
+    table: pd.DataFrame,
+    x: str,
+    *,
+    xlabel: str,
+    ylabel: str = "error, root mean square",
+    by: str | None = None,
+    also: str | None = None,
+    log: bool = False,
 ) -> Figure:
     """Measured errors with their intervals as points, the exact ones as lines. `by` gives a colour to each value of a column.
 
     table: columns x, exact, measured, low, high (`interference.beside`), and `also`: another theory, dashed.
     """
     _require_columns(table, "table", [x, "exact", "measured", "low", "high", *filter(None, (by, also))])
-    fig, (ax,) = _new()
+    fig, (ax,) = _new(width=5.2 if by is None else 7.2)
     groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
     for colour, (name, part) in zip(COLOURS * len(groups), groups, strict=False):
         gap = _whiskers(part, "measured")
@@ -174,11 +181,14 @@ def errors(
         points = dict(color=colour, ls="", marker="o", ms=4, capsize=3)
         ax.errorbar(part[x], part["measured"], yerr=gap, label=f"{name}" or "measured", **points)
         if also is not None:
-            ax.plot(part[x], part[also], color="0.4", ls="--", lw=1, label=also)
+            ax.plot(part[x], part[also], color="0.4", ls="--", lw=1, label=also if part is groups[0][1] else None)
     if log:
         _in_doublings(ax, table[x])
-    ax.set(xlabel=xlabel, ylabel="error, root mean square", ylim=(-0.03, None))
-    ax.legend(title=by)
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.03 * ax.get_ylim()[1], None))
+    if by is None:
+        ax.legend()
+    else:
+        ax.legend(title=by, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines, which may be anywhere
     return fig
 
 
@@ -198,6 +208,62 @@ def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title:
     ax.invert_yaxis()
     ax.set(xlabel="accuracy (95% interval)", xlim=(0, 1.25), xticks=np.linspace(0, 1, 6), title=title)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    return fig
+
+
+def survival(table: pd.DataFrame, *, by: str | None = None, title: str = "") -> Figure:
+    """Gradient that reaches the value against its distance, as log10 of the share at the shortest one: points with a bar from the
+    smallest row to the largest, and dashed what decay alone would leave. `by` gives a colour to each value of a column.
+
+    table: `probes.gradient_survival`, whose columns distance, gradient, least, most, survival and decay are drawn.
+    """
+    columns = ["distance", "gradient", "least", "most", "survival", "decay"]
+    _require_columns(table, "table", columns + ([by] if by else []))
+    fig, (ax,) = _new()
+    groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
+    for colour, (name, part) in zip(COLOURS * len(groups), groups, strict=False):
+        part = part[np.isfinite(part["survival"])]  # of a gradient of exactly 0 there is no point to draw
+        ends = (
+            part[["least", "most"]].sub(part["gradient"] - part["survival"], axis=0).set_axis(["low", "high"], axis=1)
+        )
+        ends["low"] = ends["low"].where(np.isfinite(ends["low"]), part["survival"])
+        gap = _whiskers(ends.assign(survival=part["survival"]), "survival")
+        points = dict(color=colour, lw=1.2, marker="o", ms=4, capsize=3)
+        ax.errorbar(part["distance"], part["survival"], yerr=gap, label=f"{name}" or "gradient", **points)
+        ax.plot(part["distance"], part["decay"], color=colour, ls="--", lw=1)
+    ax.plot([], [], color="0.4", ls="--", lw=1, label="decay alone")
+    ax.set_xscale("symlog", base=2, linthresh=1)  # a value may stand right before its cue, at distance 0
+    distances = sorted(set(table["distance"]))
+    ax.set_xticks(distances, [f"{d:,}" for d in distances], rotation=45 if len(distances) > 9 else 0)
+    ax.minorticks_off()
+    ax.set(xlabel="tokens between value and cue", ylabel="gradient at the value, log10", title=title)
+    ax.legend(title=by)
+    return fig
+
+
+ORIGINS = ("the value asked for", "another value", "marker", "haystack", "elsewhere")
+
+
+def confusion(table: pd.DataFrame, *, title: str = "") -> Figure:
+    """Where answers come from: one bar per row of `probes.confusion`, its trials split by origin.
+
+    Other values are drawn as one part; which of them it is, the table says.
+    """
+    _require_columns(table, "table", ("asked", "right", "marker", "haystack", "elsewhere", "trials"))
+    fig, (ax,) = _new(width=6.4, height=0.9 + 0.34 * max(2, len(table)))
+    parts = [table["right"], *(table[name] for name in ("marker", "haystack", "elsewhere"))]
+    parts.insert(1, table["trials"] - sum(parts))
+    y, left = np.arange(len(table)), np.zeros(len(table))
+    for colour, name, part in zip((COLOURS[2], *COLOURS[1::-1], "0.6", "0.85"), ORIGINS, parts, strict=True):
+        share = (part / table["trials"]).to_numpy()
+        ax.barh(y, share, left=left, height=0.7, color=colour, label=name)
+        left = left + share
+    ax.set_yticks(y, [f"needle {a}" if isinstance(a, int) else a for a in table["asked"]])
+    ax.invert_yaxis()
+    ax.grid(False)
+    ax.set(xlabel="share of answers", xlim=(0, 1), title=title)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     return fig
 
 

@@ -121,6 +121,8 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
         seq_len=size.lengths[0], vocab_size=size.vocab_size, n_needles=1, n_markers=max(size.asked, *size.needles)
     )
     phase = train.Phase("needles", _needles(size, needle, size.needles), size.steps)
+    # 1 at all but a few tokens, and near enough to the edge at 2.4 for a gradient: at a bias of 8 the gate would never move.
+    opened = dict(decay="hard", g_bias=2.6)
     tests = tuple(
         (f"{length:,} tokens", dataclasses.replace(needle, n_needles=size.asked, seq_len=length)) for length in size.far
     )
@@ -128,7 +130,7 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
         "sigmoid decay, bias 2": (dict(g_bias=2.0), {}),
         "sigmoid decay": ({}, {}),
         "Mamba-style decay": (dict(decay="mamba"), {}),
-        "hard decay": (dict(decay="hard"), {}),
+        "hard decay": (opened, {}),
         "no decay": (dict(decay="none"), {}),
         "no decay, penalty": (dict(decay="none"), dict(write_penalty=0.02)),
         "no decay, hard write": (dict(decay="none", write_gate="hard"), {}),
@@ -137,7 +139,7 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
             dict(decay="none", write_gate="straight"),
             dict(write_penalty=0.02),
         ),
-        "hard decay, hard write, penalty": (dict(decay="hard", write_gate="hard"), dict(write_penalty=0.02)),
+        "hard decay, hard write, penalty": (opened | dict(write_gate="hard"), dict(write_penalty=0.02)),
     }
     return [
         Arm(

@@ -12,8 +12,10 @@ from matplotlib.colors import to_hex
 
 import analysis
 import config
+import data
 import model
 import plots
+import probes
 import report
 
 
@@ -209,6 +211,76 @@ def test_state_gates_and_similarity_show_a_model():
     assert [t.get_text() for t in ax.get_yticklabels()] == [f"token {i}" for i in range(5)]
     with pytest.raises(ValueError, match="matrix"):
         plots.similarity(keys @ keys.T, ["a"])
+
+
+# ------------------------------------------------------------------------------------------------ probes
+
+
+def surviving(*survival):
+    """A table as `probes.gradient_survival` returns it, from log10 shares."""
+    table = pd.DataFrame({"distance": [0, 4, 64, 1000][: len(survival)], "survival": survival})
+    table["gradient"] = table["survival"] + 0.7
+    table = table.assign(least=table["gradient"] - 0.3, most=table["gradient"] + 0.2)
+    return table.assign(kept=-0.1 * table["distance"], decay=-0.1 * table["distance"])
+
+
+def test_survival_draws_gradients_rows_and_decay():
+    table = surviving(0.0, -0.5, -6.5, -101.0)
+    figure = plots.survival(table, title="untrained")
+    (ax,) = draw(figure)
+    (bars,) = [c for c in ax.containers if type(c).__name__ == "ErrorbarContainer"]
+    assert bars.lines[0].get_ydata().tolist() == table["survival"].tolist()
+    segments = np.array(bars.lines[2][0].get_segments())
+    assert segments[:, 0, 1] == pytest.approx(table["survival"] - 0.3)
+    assert segments[:, 1, 1] == pytest.approx(table["survival"] + 0.2)
+    assert table["decay"].tolist() in [line.get_ydata().tolist() for line in ax.lines]
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"gradient", "decay alone"}
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "4", "64", "1,000"]
+    assert "log10" in ax.get_ylabel() and ax.get_ylim()[0] < -101
+    inside(figure)
+
+
+def test_survival_draws_groups_and_leaves_gradients_of_zero_out():
+    gone = surviving(0.0, -2.0, -np.inf)
+    gone.loc[1, "least"] = -np.inf  # one row without any
+    both = pd.concat([gone.assign(decays="fast"), surviving(0.0, -0.1, -0.2).assign(decays="slow")])
+    (ax,) = draw(plots.survival(both, by="decays"))
+    fast, slow = (c.lines[0].get_ydata().tolist() for c in ax.containers)
+    assert fast == [0, -2] and slow == [0, -0.1, -0.2]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["decay alone", "fast", "slow"]
+    assert len({to_hex(c.lines[0].get_color()) for c in ax.containers}) == 2
+    draw(plots.survival(surviving(0.0).assign(decay=np.nan)))  # a model without memory, one distance
+    with pytest.raises(ValueError, match="least"):
+        plots.survival(gone.drop(columns="least"))
+
+
+def test_confusion_draws_every_answer_once():
+    columns = ["asked", "right", "needle 0", "needle 1", "marker", "haystack", "elsewhere", "trials"]
+    rows = [[0, 60, 60, 20, 5, 10, 5, 100], [1, 30, 10, 30, 0, 6, 4, 50], ["all", 90, 70, 50, 5, 16, 9, 150]]
+    figure = plots.confusion(pd.DataFrame(rows, columns=columns), title="two needles")
+    (ax,) = draw(figure)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["needle 0", "needle 1", "all"]
+    widths = np.array([[p.get_width() for p in c] for c in ax.containers]).T
+    assert widths[0] == pytest.approx([0.6, 0.2, 0.05, 0.1, 0.05])
+    assert widths[1] == pytest.approx([0.6, 0.2, 0, 0.12, 0.08])
+    assert widths.sum(1) == pytest.approx([1, 1, 1])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(plots.ORIGINS)
+    assert len({to_hex(c[0].get_facecolor()) for c in ax.containers}) == 5
+    inside(figure)
+    with pytest.raises(ValueError, match="elsewhere"):
+        plots.confusion(pd.DataFrame(rows, columns=columns).drop(columns="elsewhere"))
+
+
+def test_probes_are_drawn_as_they_come():
+    cfg = config.HybridConfig(
+        d_model=16, n_heads=2, head_dim=8, value_dim=4, vocab_size=64, window_size=4, init_std=0.1
+    )
+    task = data.MultiNeedle(seq_len=32, vocab_size=64, n_needles=2, n_markers=4)
+    net = model.build(cfg)
+    (ax,) = draw(plots.confusion(probes.confusion(net, task, trials=20)))
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["needle 0", "needle 1", "all", "guess"]
+    (ax,) = draw(plots.survival(probes.gradient_survival(net, task, [1, 8], rows=2)))
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "8"]
 
 
 # ------------------------------------------------------------------------------------------------ live

@@ -50,7 +50,9 @@ PLAIN = {
     "values, cues": ruler.MultiValue(seq_len=83, n_needles=3, layout="cues", value_width=2),
     "values, two of five": ruler.MultiValue(seq_len=64, n_needles=5, queries=2, needle_range=(20, 30)),
     "slots": data.SlotNeedles(seq_len=77, n_needles=6, n_slots=9, vocab_size=60),
-    "slots, shown": data.SlotNeedles(seq_len=77, n_needles=6, queries=4, layout="answers", value_width=2, vocab_size=60),
+    "slots, shown": data.SlotNeedles(
+        seq_len=77, n_needles=6, queries=4, layout="answers", value_width=2, vocab_size=60
+    ),
     "chains, no hop": ruler.VariableTracking(seq_len=65, n_needles=5, hops=0, layout="answers"),
     "chains, tight": ruler.VariableTracking(seq_len=41, n_needles=3, hops=3, n_names=12, layout="answers", queries=2),
     "one chain": ruler.VariableTracking(seq_len=90, n_needles=1, hops=6, depth=(0.1, 0.9), needle_range=(3, 13)),
