@@ -1,5 +1,6 @@
 """Interference of writes: closed forms against the rule itself, keys that are what they say, Hebbian and repeated writes."""
 
+import functools
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import interference
+import mixers
 
 
 def generator(seed=0):
@@ -165,8 +167,10 @@ def test_tables_put_the_exact_beside_the_measured():
         interference.by_gates([(1.0, 0.0, "decayed"), (0.5, -0.1, "raw")], n=5, K=8, trials=300),
         interference.by_similarity([0.0, 0.5, 1.0], n=4, K=8, trials=300),
         interference.by_count([3], K=8, trials=300, heads=2, g=-0.05),
+        interference.by_passes(functools.partial(interference.random_keys, K=8), 4, (1, 3), trials=300),
+        interference.by_noise([0.0, 1.0], [2, 5], K=8, trials=300),
     ]
-    assert [len(table) for table in tables] == [2, 2, 3, 1]
+    assert [len(table) for table in tables] == [2, 2, 3, 1, 2, 4]
     for table in tables:
         assert table["agrees"].all() and (table["trials"] == 300).all()
         assert ((table["low"] <= table["measured"]) & (table["measured"] <= table["high"])).all()
@@ -176,11 +180,19 @@ def test_tables_put_the_exact_beside_the_measured():
     assert not wrong["agrees"]  # one key for all values is no draw of independent keys
 
 
-def test_reads_with_other_queries_and_averaged_heads():
-    keys_for = lambda trials, n, generator: interference.orthogonal_keys(trials, n, 8, generator=generator)  # noqa: E731
-    half = lambda keys, generator: 0.5 * keys  # noqa: E731
-    errors = interference.simulate(keys_for, 3, trials=2100, queries_for=half)  # in two parts
-    assert errors.shape == (2100, 3) and float(errors.mean()) == pytest.approx(0.25, rel=0.05)
+def test_a_memory_that_fills_is_the_same_as_memories_of_each_size():
+    keys_for = functools.partial(interference.random_keys, K=8)
+    found = interference.simulate_filling(keys_for, [5, 2, 9], trials=2100, heads=2, g=-0.1)  # in two parts
+    assert list(found) == [2, 5, 9] and all(errors.shape == (2100, n) for n, errors in found.items())
+    whole = interference.simulate(keys_for, 9, trials=2100, heads=2, g=-0.1)
+    torch.testing.assert_close(found[9], whole, rtol=1e-10, atol=1e-12)
+    assert found[5].dtype == torch.float64
+    for n, errors in found.items():
+        exact = interference.mean_error(n, K=8, heads=2, g=-0.1)
+        assert interference.beside(errors.mean(1), exact, level=0.999)["agrees"]
+
+
+def test_averaged_heads():
     one, many = (interference.mean_error(20, K=16, heads=heads) for heads in (1, 10**9))
     assert many < one and interference.capacity(K=16, error=0.25, heads=8) > interference.capacity(K=16, error=0.25)
 
@@ -198,3 +210,160 @@ def test_rules_by_argmax_where_each_wins():
     assert similar["delta, two passes"] > max(similar["Hebbian"], similar["delta"])
     with pytest.raises(ValueError, match="choose from"):
         interference.by_rule("none", [2], K=4, V=4, candidates=4, trials=10)
+
+
+def test_a_query_beside_the_key():
+    """Exact coefficients of 20,000 draws of keys, and of queries with a fixed cosine in a random direction beside the key."""
+    K, n, trials, cosine = 6, 8, 20_000, 0.8
+    for rule in (dict(), dict(beta=0.7, g=-0.1), dict(beta=0.9, g=-0.2, erase="raw")):
+        gen = generator()
+        keys = interference.random_keys(trials, n, K, generator=gen)
+        beside = torch.randn(keys.shape, dtype=keys.dtype, generator=gen)
+        beside -= (beside * keys).sum(-1, keepdim=True) * keys
+        queries = cosine * keys + math.sqrt(1 - cosine**2) * torch.nn.functional.normalize(beside, dim=-1)
+        eye = torch.eye(n, dtype=keys.dtype).expand(trials, n, n).contiguous()
+        reads = interference.read(interference.write(keys, eye, **rule), queries)  # unit values: reads are coefficients
+        errors = (reads - eye).square().sum(-1).numpy()
+        later = np.arange(n)[::-1]
+        found = interference.expected_read(later, earlier=np.arange(n), K=K, query=(cosine, cosine**2), **rule)
+        assert (np.abs(errors.mean(0) - found.error) <= 4.5 * errors.std(0) / math.sqrt(trials) + 1e-12).all()
+        own = reads.diagonal(dim1=1, dim2=2).numpy()
+        assert (np.abs(own.mean(0) - found.signal) <= 4.5 * own.std(0) / math.sqrt(trials) + 1e-12).all()
+
+
+def test_a_query_beside_the_key_by_hand():
+    """The last of n values: 1 - c^2 of what a random direction meets of n - 1 writes. A random query meets all n."""
+    K, n, c = 64, 5, 0.9
+    kept = (1 - 1 / K) ** (n - 1)
+    last = interference.expected_read(0, earlier=n - 1, K=K, query=(c, c**2))
+    assert last.signal == pytest.approx(c) and last.noise == pytest.approx((1 - c**2) * (1 - kept))
+    any_query = interference.expected_read(2, earlier=n - 3, K=K, query=(0.0, 1 / K))
+    assert any_query.error == pytest.approx(1 + 1 - (1 - 1 / K) ** n)
+
+
+def test_a_query_beside_one_of_orthogonal_keys():
+    """(1 - c)^2 + (1 - c^2) (n - 1) / (K - 1)."""
+    K, n, cosine, trials = 8, 4, 0.8, 20_000
+    gen = generator()
+    keys = interference.orthogonal_keys(trials, n, K, generator=gen)
+    beside = torch.randn(keys.shape, dtype=keys.dtype, generator=gen)
+    beside -= (beside * keys).sum(-1, keepdim=True) * keys
+    queries = cosine * keys + math.sqrt(1 - cosine**2) * torch.nn.functional.normalize(beside, dim=-1)
+    errors = (queries @ keys.mT - torch.eye(n, dtype=keys.dtype)).square().sum(-1).numpy()
+    expected = (1 - cosine) ** 2 + (1 - cosine**2) * (n - 1) / (K - 1)
+    assert (np.abs(errors.mean(0) - expected) <= 4.5 * errors.std(0) / math.sqrt(trials)).all()
+
+
+def test_the_cosine_of_a_noisy_query():
+    x, y = (torch.randn(50_000, 5, dtype=torch.float64, generator=generator(s)) for s in (0, 1))
+    for noise in (0.0, 0.3, 1.0):
+        c = torch.cosine_similarity(x, x + noise * y).numpy()
+        for found, exact in zip((c, c**2), interference.query_cosine(5, noise), strict=True):
+            assert abs(found.mean() - exact) <= 4.5 * found.std() / math.sqrt(len(c)) + 1e-12
+
+
+def test_the_approximation_is_that_of_the_notes():
+    for n in (1, 7, 60):
+        near = interference.expected_read(n - 1, K=16, approximate=True).error
+        assert math.sqrt(near) == pytest.approx(float(interference.notes_error(n, K=16)), abs=1e-12)
+    exact, near = (interference.mean_error(12, K=16, approximate=rough) for rough in (False, True))
+    assert near < exact < near + 0.02
+
+
+def test_norm_of_the_state():
+    for rule in (dict(), dict(beta=0.5, g=-0.1), dict(g=-0.1, erase="raw")):
+        keys = interference.random_keys(2000, 20, 8, generator=generator())
+        values = interference.random_values(2000, 20, 16, generator=generator(1))
+        squares = interference.write(keys, values, **rule).square().sum((1, 2))
+        exact = interference.state_norm(20, K=8, V=16, **rule) ** 2
+        assert abs(float(squares.mean()) - exact) <= 4.5 * float(squares.std()) / math.sqrt(2000)
+    # What the notes printed for one hundred writes, 44.82, is that of K 32, V 64 and not of the model's K 64, V 128.
+    assert interference.state_norm(100, K=32, V=64) == pytest.approx(44.3, abs=0.1)
+    assert interference.state_norm(100, K=64, V=128) == pytest.approx(80.6, abs=0.1)
+
+
+def test_cosines_of_random_keys():
+    """The notes: mean .1002, deviation .0748, 1.51% above .3 of a thousand keys."""
+    law = interference.cosine_law(64, limits=(0.3, 0.5))
+    assert law["mean"] == pytest.approx(0.10013, abs=1e-5) and law["std"] == pytest.approx(0.0748, abs=1e-4)
+    assert law["above 0.3"] == pytest.approx(0.0152, abs=1e-4) and 0 < law["above 0.5"] < 1e-4
+    keys = interference.random_keys(20, 200, 6, generator=generator())
+    cosines = (keys @ keys.mT)[:, *torch.triu_indices(200, 200, 1)].abs()
+    law = interference.cosine_law(6, limits=(0.3,))
+    assert float(cosines.mean()) == pytest.approx(law["mean"], abs=0.005)
+    assert float((cosines > 0.3).double().mean()) == pytest.approx(law["above 0.3"], abs=0.01)
+    assert interference.effective_width(keys) == pytest.approx(6, rel=0.02)
+
+
+def test_rotated_keys():
+    mean, deviation = interference.rope_cosine(16, 64)
+    assert float(mean) == pytest.approx(0.605, abs=0.001)
+    keys = interference.random_keys(4000, 1, 64, generator=generator())
+    both = torch.cat([keys, torch.zeros(4000, 15, 64, dtype=keys.dtype), keys], 1)[:, :, None]
+    turned = mixers.rope(both, 7, 10_000.0)[:, :, 0]
+    found = (turned[:, 0] * turned[:, 16]).sum(-1)
+    assert abs(float(found.mean()) - mean) <= 4.5 * deviation / math.sqrt(4000)
+    assert float(found.std()) == pytest.approx(float(deviation), rel=0.05)
+
+
+def test_width_of_projected_keys():
+    """Independent normal weights leave keys of 4 x 64 numbers as alike as uniform ones of width 52; orthogonal columns do not."""
+    contexts = torch.randn(20, 200, 4, 64, dtype=torch.float64, generator=generator())
+    drawn = torch.stack([interference.context_keys(part, 64, seed=seed) for seed, part in enumerate(contexts)])
+    assert interference.projected_width(64, 256) == pytest.approx(51.7, abs=0.01)
+    assert interference.effective_width(drawn) == pytest.approx(51.7, rel=0.01)
+    narrow = torch.stack([interference.context_keys(part[:, :, :6], 12, seed=s) for s, part in enumerate(contexts)])
+    assert interference.effective_width(narrow) == pytest.approx(interference.projected_width(12, 24), rel=0.05)
+    right = interference.context_keys(contexts, 64, orthogonal=True)
+    assert interference.effective_width(right) == pytest.approx(64, rel=0.03)
+    with pytest.raises(ValueError, match="orthogonal columns"):
+        interference.context_keys(contexts[..., :1, :], 65, orthogonal=True)
+
+
+def test_similar_keys_and_the_cosine_for_an_error():
+    assert interference.similarity_errors(1.0, 5) == pytest.approx([2, 2, 2, 2, 0], abs=1e-12)
+    assert interference.cosine_for(0.1, 5) == pytest.approx(0.075, abs=0.001)
+    assert interference.cosine_for(0.3, 5) == pytest.approx(0.24, abs=0.005)
+
+
+def test_passes_and_rounds_are_powers_of_the_coefficients():
+    keys = interference.random_keys(3, 6, 8, generator=generator())
+    eye = torch.eye(6, dtype=keys.dtype).expand(3, 6, 6).contiguous()
+    for passes in (1, 2, 5):
+        got = interference.read(interference.write(keys, eye, passes=passes), keys)
+        expected = interference.after_passes(keys, passes)
+        torch.testing.assert_close((got - eye).square().sum(-1), expected, rtol=1e-9, atol=1e-12)
+    given = eye  # the notes' procedure as they describe it
+    for _ in range(3):
+        given = given + 0.5 * (eye - interference.read(interference.write(keys, given), keys))
+    got = interference.read(interference.write(keys, given), keys)
+    torch.testing.assert_close((got - eye).square().sum(-1), interference.after_rounds(keys, 3), rtol=1e-9, atol=1e-12)
+
+
+def test_capacity_measured():
+    table = interference.by_capacity([(8, 1, 0.0), (16, 4, 0.0), (16, 1, -0.05)], error=0.25, trials=1500)
+    assert table["agrees"].all() and ((table["low"] <= table["exact"]) & (table["exact"] <= table["high"])).all()
+    for line, whole in zip(table.itertuples(), (8, 16, 16), strict=True):
+        n = interference.capacity(K=whole, heads=line.heads, g=line.g, error=0.25)
+        assert n <= line.exact < n + 1 and line.low <= line.measured <= line.high
+
+
+def test_the_largest_of_many_normal_numbers():
+    drawn = interference.largest_normal(50, (20_000,), generator=generator())
+    direct = torch.randn(20_000, 50, dtype=torch.float64, generator=generator(1)).max(-1).values
+    for q in (0.05, 0.5, 0.95):
+        assert float(drawn.quantile(q)) == pytest.approx(float(direct.quantile(q)), abs=0.03)
+    assert torch.isinf(interference.largest_normal(0, (2,), generator=generator())).all()
+
+
+def test_recall_is_that_of_a_search_through_all_candidates():
+    """A pool of candidates, each compared with each read, gives the same accuracy as the largest of the unwritten ones drawn."""
+    K, V, n, pool, rows = 8, 16, 6, 200, 2000
+    keys = interference.random_keys(rows, n, K, generator=generator())
+    candidates = interference.random_values(rows, pool, V, generator=generator(1))
+    state = interference.write(keys, candidates[:, :n])
+    searched = (interference.recalled(state, keys, candidates) == torch.arange(n)).double().mean()
+    table = interference.by_rule("distinct random keys", [n], K=K, V=V, candidates=pool, trials=rows * n)
+    assert float(searched) == pytest.approx(table.set_index("rule").loc["delta", "accuracy"], abs=0.02)
+    with pytest.raises(ValueError, match="fewer than the 6"):
+        interference.by_rule("distinct random keys", [6], K=8, V=4, candidates=5, trials=10)
