@@ -200,3 +200,21 @@ def test_bad_penalties_are_refused():
     for field in ("write_penalty", "key_penalty"):
         with pytest.raises(ValueError, match=field):
             config.TrainConfig(**{field: -1.0})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["A", "L", "GASL"])
+def test_on_a_gpu(pattern):
+    """Kernels for G and S, torch for the rest: fp32 as on a CPU, and a step under autocast with penalties stays finite."""
+    net, x = build(pattern, {"head_dim": 16, "value_dim": 16}, dtype=torch.float32), tokens(3, 200)
+    expected = net(x, x).loss
+    net, x = net.cuda(), x.cuda()
+    torch.testing.assert_close(net(x, x).loss.cpu(), expected, rtol=1e-4, atol=1e-5)
+    halves = net(x[:, :77]).state
+    torch.testing.assert_close(net(x[:, 77:], state=halves).logits, net(x).logits[:, 77:], rtol=1e-3, atol=1e-3)
+    penalties = model.Penalties(write=0.1, keys=0.1) if "G" in pattern else None
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = net(x, x, penalties=penalties)
+    loss = out.loss if penalties is None else out.loss + out.penalty
+    assert loss.item() == pytest.approx(expected.item() + float(out.penalty or 0), rel=2e-2)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, list(net.parameters())))

@@ -603,6 +603,24 @@ def test_update_is_that_of_the_recurrence(changes):
         assert table[f"{r['index']} G", "update"] == pytest.approx(np.mean(ratios), rel=1e-4)
 
 
+def test_heads_are_told_apart():
+    tokens = TASK.sample(2, analysis.fresh(0)).tokens
+    net = gated(write=(0.3, -1.2), decay=(0.0, 30.0), shifted_value=False, erase="decayed", layer_pattern="GS")
+    table = probes.by_head(net, tokens)
+    assert table["head"].tolist() == [0, 1]
+    assert table["strength"].tolist() == pytest.approx([sigmoid(0.3), sigmoid(-1.2)])
+    assert table["half_life"][0] == pytest.approx(1)  # sigmoid(0) = 1 / 2
+    T = tokens.shape[1]
+    assert table["left"].tolist() == pytest.approx([sigmoid(0.3) * (2 - 0.5 ** (T - 1)), sigmoid(-1.2) * T])
+    assert table["rank"].mean() == pytest.approx(analysis.diagnose(net, tokens)["state_rank"][0], rel=1e-4)
+    s = torch.linalg.svdvals(analysis.records(net, tokens)[0]["state"])
+    assert table["largest"].tolist() == pytest.approx(s[:, :, 0].mean(0).tolist(), rel=1e-4)
+    one = probes.by_head(built(shifted_value=True), tokens[:, :2])  # a single write
+    assert one["rank"].tolist() == pytest.approx([1] * len(one), rel=1e-4)
+    with pytest.raises(ValueError, match="no G layer"):
+        probes.by_head(built(layer_pattern="SA"), tokens)
+
+
 def test_activity_beside_an_untrained_model():
     tokens = TASK.sample(2, analysis.fresh(0)).tokens
     net = built(seed=0)
@@ -660,3 +678,13 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=name):
             call()
+
+
+@pytest.mark.gpu
+def test_the_full_diagnostic_on_a_gpu():
+    """The same tables as on a CPU, up to the rounding of kernels."""
+    here, there = (probes.full(built().to(device), TASK, trials=30, rows=2) for device in ("cpu", "cuda"))
+    assert here.keys() == there.keys()
+    for name in ("gates_by_token", "activity"):
+        numbers = [table[name].select_dtypes("number").to_numpy(dtype=float) for table in (here, there)]
+        np.testing.assert_allclose(numbers[0], numbers[1], rtol=2e-2, atol=1e-3)
