@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from scipy import stats
+from test_data import ARTICLES, accuracy, generator, plausible
 
 import data
 import needles
@@ -16,26 +17,10 @@ import ruler
 import tasks
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def accuracy(predictions, batch):
-    """(right, scored)"""
-    right = (predictions == batch.targets)[batch.scored]
-    return int(right.sum()), right.numel()
-
-
-def plausible(right, total, share):
-    """Whether `right` of `total` could come from `share`: two-sided binomial test at 1e-4 (all seeds are fixed)."""
-    return stats.binomtest(right, total, share).pvalue > 1e-4
-
-
 def even(counts):
     return stats.chisquare(torch.as_tensor(counts).double().numpy()).pvalue > 1e-4
 
 
-ARTICLES = tuple(f"Article {i}. " + " ".join(f"word{(i * 7 + j * j) % 97}" for j in range(200)) for i in range(40))
 TEXT = data.LanguageModel(data.Corpus("articles", ARTICLES), seq_len=64)
 NAMES = ["S1", "S2", "S3", "multi-key", "multi-value", "multi-query", "variable tracking", "common words"]
 
