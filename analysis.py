@@ -331,9 +331,7 @@ def loss_by_position(
     bucket), until (the last), loss, low, high, tokens, rows. ValueError for edges outside the row or out of order, and for
     a bucket that fewer than 2 rows score in.
     """
-    edges, T = list(edges), rows.tokens.shape[1]
-    if len(edges) < 2 or edges != sorted(set(edges)) or not 0 <= edges[0] < edges[-1] <= T:
-        raise ValueError(f"edges = {edges}: needs at least 2 ascending positions from 0 to {T}")
+    edges = _edges(edges, rows)
     device, sums = device_of(model), torch.zeros(len(rows.tokens), len(edges) - 1, dtype=torch.float64)
     counts = torch.zeros_like(sums)
     with evaluating(model, precision=precision):
@@ -357,6 +355,13 @@ def loss_by_position(
         row = {"position": a, "until": b - 1, "loss": mean, "low": low, "high": high}
         table.append(row | {"tokens": int(weights.sum()), "rows": len(means)})
     return pd.DataFrame(table)
+
+
+def _edges(edges: Iterable[int], rows: data.Batch) -> list[int]:
+    edges, T = list(edges), rows.tokens.shape[1]
+    if len(edges) < 2 or edges != sorted(set(edges)) or not 0 <= edges[0] < edges[-1] <= T:
+        raise ValueError(f"edges = {edges}: needs at least 2 ascending positions from 0 to {T}")
+    return edges
 
 
 # ------------------------------------------------------------------------------------------------ ablations
@@ -392,6 +397,64 @@ def without(model: models.TransparentHybrid, *paths: str):
         with torch.no_grad():
             for w, old in zip(weights, kept, strict=True):
                 w.copy_(old)
+
+
+# What `ablation` takes away, by names of PATHS.
+ABLATIONS = {
+    "without the read": ("read",),
+    "without the memory": ("memory",),
+    "without both": ("memory", "read"),
+    "without the window": ("window",),
+}
+
+
+def ablation(net: models.TransparentHybrid, rows: data.Batch, edges: Iterable[int]) -> pd.DataFrame:
+    """Loss on rows of text of a trained hybrid, whole and without some of its paths, by position in the row.
+
+    edges: ascending positions, as in `loss_by_position`; every position between the first and the last is scored.
+    One line per variant for all of them (position "all"), and one per bucket (until: its last position). loss, low, high: nats
+    per token and its 95% t interval over rows; added, added low, added high: the loss beyond that of the whole model, paired
+    by row. ValueError for rows that are not scored throughout, and for edges outside of them or out of order.
+    """
+    edges = _edges(edges, rows)
+    spans = [(edges[0], edges[-1]), *zip(edges[:-1], edges[1:], strict=True)]
+    whole, table = _nats(net, rows), []
+    for name, paths in {"whole": (), **ABLATIONS}.items():
+        nats = whole
+        if paths:
+            with without(net, *paths):
+                nats = _nats(net, rows)
+        for i, (a, b) in enumerate(spans):
+            mine, reference = (x[:, a:b].mean(1).numpy() for x in (nats, whole))
+            line = dict(variant=name, position=a if i else "all", until=b - 1)
+            line |= dict(zip(("loss", "low", "high"), mean_interval(mine), strict=True))
+            added = mean_interval(mine - reference)
+            line |= dict(zip(("added", "added low", "added high"), added, strict=True))
+            table.append(line | dict(rows=len(mine)))
+    return pd.DataFrame(table)
+
+
+def _nats(net: models.TransparentHybrid, rows: data.Batch, *, at_once: int = 4) -> Tensor:
+    """float64 [n, T]: loss of every token of rows that are scored throughout."""
+    if (rows.targets == -100).any():
+        raise ValueError("rows: some positions are not scored; needs rows of text, as from LanguageModel.windows")
+    device, parts = device_of(net), []
+    with evaluating(net):
+        for start in range(0, len(rows.tokens), at_once):
+            part = rows.rows(slice(start, start + at_once))
+            logits = net(part.tokens.to(device)).logits.flatten(0, 1).float()
+            nats = F.cross_entropy(logits, part.targets.to(device).flatten(), reduction="none")
+            parts.append(nats.view(part.targets.shape).double().cpu())
+    return torch.cat(parts)
+
+
+def accuracy_without(net: models.TransparentHybrid, task: data.Task, *, trials: int = 1000) -> pd.DataFrame:
+    """Accuracy of a trained hybrid, whole and without some of its paths, on the same fresh rows of `task`."""
+    table = [dict(variant="whole", **accuracy(net, task, trials=trials).row())]
+    for name, paths in ABLATIONS.items():
+        with without(net, *paths):
+            table.append(dict(variant=name, **accuracy(net, task, trials=trials).row()))
+    return pd.DataFrame(table).assign(chance=task.chance)
 
 
 def state_versus_window(model, task: data.Task, *, trials: int = 1000, seed: int = 10_000) -> pd.DataFrame:

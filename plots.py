@@ -192,6 +192,80 @@ def errors(
     return fig
 
 
+def by_position(
+    table: pd.DataFrame,
+    *,
+    value: str = "loss",
+    by: str | None = None,
+    ylabel: str = "loss (nats per token)",
+    mark: tuple[float, str] | None = None,
+) -> Figure:
+    """A loss, or what was added to one, by position in the row: a point at the end of each bucket, its interval as a band.
+
+    table: `analysis.loss_by_position`, or `analysis.ablation` without its lines of all positions; value: "loss" with its columns
+    low and high, or "added" with "added low" and "added high". mark: (tokens, text) draws a vertical line, such as the window.
+    """
+    ends = ("low", "high") if value == "loss" else (f"{value} low", f"{value} high")
+    _require_columns(table, "table", ("until", value, *ends, *([by] if by else [])))
+    fig, (ax,) = _new(width=5.2 if by is None else 7.2)
+    groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
+    for colour, (name, part) in zip(COLOURS * len(groups), groups, strict=False):
+        seen = part["until"].astype(int) + 1
+        ax.plot(seen, part[value], color=colour, marker="o", ms=4, lw=1.4, label=str(name) or None)
+        ax.fill_between(seen, *(part[end].astype(float) for end in ends), color=colour, alpha=0.18, lw=0)
+    if value != "loss":
+        ax.axhline(0, color="0.4", lw=1, ls="--")
+    if mark is not None:
+        ax.axvline(mark[0], color="0.6", ls=":", lw=1.2, label=mark[1])
+    _in_doublings(ax, table["until"].astype(int) + 1)
+    ax.tick_params(axis="x", labelrotation=45 if table["until"].nunique() > 7 else 0)
+    ax.set(xlabel="position in the row, up to (tokens)", ylabel=f"{ylabel}, 95% interval")
+    if by is not None:
+        ax.legend(title=by, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    elif mark is not None:
+        ax.legend()
+    return fig
+
+
+MARKERS = "osD^vPX*"
+
+
+def trade_off(
+    table: pd.DataFrame, *, chance: float | None = None, allowed: float | None = None, title: str = ""
+) -> Figure:
+    """What needles cost a language model against how many come back: a colour per gate, a marker per weight, both intervals.
+
+    table: `recall.trade_off`; a single seed has no interval, and none is drawn. allowed: a vertical line at so many per cent.
+    """
+    columns = ("gate", "weight", "excess, %", "excess low", "excess high", "accuracy", "low", "high")
+    _require_columns(table, "table", columns)
+    fig, (ax,) = _new(width=7.4, height=3.8)
+    weights = sorted(set(table["weight"]))
+    for colour, (_, part) in zip(COLOURS * len(table), table.groupby("gate", sort=False), strict=False):
+        ends = dict(zip(("excess low", "excess high"), ("low", "high"), strict=True))
+        across = part[["excess, %", *ends]].rename(columns=ends)
+        gaps = dict(xerr=_whiskers(across, "excess, %"), yerr=_whiskers(part, "accuracy"))
+        gaps = {name: np.nan_to_num(gap) for name, gap in gaps.items()}
+        ax.errorbar(part["excess, %"], part["accuracy"], **gaps, color=colour, lw=0.8, capsize=2, alpha=0.8)
+        for x, y, weight in part[["excess, %", "accuracy", "weight"]].itertuples(index=False):
+            marker = MARKERS[weights.index(weight) % len(MARKERS)]
+            ax.plot(x, y, ls="", marker=marker, ms=7, color=colour, mec="white", mew=0.7, zorder=3)
+    for colour, gate in zip(COLOURS * len(table), table["gate"].unique(), strict=False):
+        ax.plot([], [], color=colour, lw=2, label=gate)
+    for i, weight in enumerate(weights):
+        name = f"weight {weight:g}" if weight else "language alone"
+        ax.plot([], [], ls="", marker=MARKERS[i % len(MARKERS)], color="0.35", ms=6, label=name)
+    if chance is not None:
+        ax.axhline(chance, color="0.4", ls="--", lw=1, label=f"chance {percent(chance)}")
+    if allowed is not None:
+        ax.axvline(allowed, color="0.6", ls=":", lw=1.2, label=f"{allowed:+g}%")
+    ax.set(xlabel="language loss beyond that of language alone, % (paired by seed)", title=title)
+    ax.set(ylabel="accuracy (95% interval)", ylim=(-0.03, 1.05))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return fig
+
+
 def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title: str = "") -> Figure:
     """One bar per row of a table with columns `label`, accuracy, low, high; the interval as a whisker."""
     _require_columns(table, "table", (label, "accuracy", "low", "high"))

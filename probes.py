@@ -566,6 +566,30 @@ def marker_replaced(
 # ------------------------------------------------------------------------------------------------ activity
 
 
+def by_head(model: models.TransparentHybrid, tokens: Tensor) -> pd.DataFrame:
+    """What each head of every G layer holds after tokens [B, T]; means over sequences.
+
+    strength: mean beta. half_life: tokens after which the mean log-decay has halved the memory. left: writes that decay leaves,
+    the sum of beta times the share kept until the end; later writes erase besides. rank: exp of the entropy of the state's
+    normalised singular values (`analysis.diagnose`); at most K and the number of writes. largest: the first singular value.
+    A low rank beside a low `left` says that little is there, not that little would fit. ValueError without a G layer.
+    """
+    found = []
+    for r in _memories(model, tokens):
+        w = _Writes(r, model.cfg)
+        s = torch.linalg.svdvals(w.state)  # [B, H, min(K, V)]
+        p = s / s.sum(-1, keepdim=True).clamp_min(1e-30)
+        rank = torch.exp(-(p * p.clamp_min(1e-30).log()).sum(-1)) * (s.sum(-1) > 0)
+        left = (w.beta * torch.exp(w.total[..., -1:] - w.total)).sum(-1)
+        g = w.log_decay.mean((0, 2))
+        for h in range(model.cfg.n_heads):
+            row = {"layer": r["index"], "head": h, "strength": float(w.beta[:, h].mean())}
+            row |= {"half_life": math.log(0.5) / float(g[h]) if g[h] < 0 else math.inf}
+            row |= {"left": float(left[:, h].mean()), "rank": float(rank[:, h].mean())}
+            found.append(row | {"largest": float(s[:, h, 0].mean())})
+    return pd.DataFrame(found)
+
+
 def activity(
     model: models.TransparentHybrid, tokens: Tensor, untrained: models.TransparentHybrid | None = None
 ) -> pd.DataFrame:

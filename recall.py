@@ -24,8 +24,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from scipy import stats
 
 import analysis
+import audit
 import config
 import data
 import model
@@ -447,7 +449,7 @@ def _windows(task: data.LanguageModel, *, rows: int = 96, at_once: int = 4) -> l
 
 def _last_loss(fitted: train.Run) -> float:
     column = next(c for c in fitted.history if c.startswith("loss/"))
-    return float(fitted.history[column].iloc[-5:].mean())
+    return float(fitted.history[column].dropna().iloc[-5:].mean())  # a phase without it leaves it empty
 
 
 def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
@@ -527,6 +529,50 @@ def losses(rows: pd.DataFrame, *, than: str) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def differences(rows: pd.DataFrame, controls: dict[str, str]) -> pd.DataFrame:
+    """Accuracy of each arm less that of its control in every test, paired by seed, in points of per cent.
+
+    controls: arm -> the arm to compare it with. difference, low, high: mean over the seeds that both have and its 95% t interval;
+    p: of the t-test that it is 0, 1 where all differences are equal, which such a test cannot judge; holm: p after Holm's
+    correction for all lines of the table. Pairs that `rows` does not hold, or with fewer than 2 seeds in common, have no line.
+    """
+    table, known = [], rows.dropna(subset="accuracy") if "accuracy" in rows else rows.iloc[:0]
+    for test, part in known.groupby("test", sort=False) if len(known) else ():
+        by_arm = part.pivot_table(index="seed", columns="arm", values="accuracy")
+        for arm, than in controls.items():
+            if arm not in by_arm or than not in by_arm:
+                continue
+            points = 100 * (by_arm[arm] - by_arm[than]).dropna()
+            if len(points) < 2:
+                continue
+            mean, low, high = analysis.mean_interval(points)
+            p = float(stats.ttest_1samp(points, 0).pvalue) if points.nunique() > 1 else 1.0
+            line = dict(arm=arm, than=than, test=test, difference=mean, low=low, high=high, p=p, holm=p)
+            table.append(line | dict(seeds=len(points)))
+    most = 0.0
+    for i, line in enumerate(sorted(table, key=lambda line: line["p"])):
+        most = line["holm"] = max(most, min(1.0, line["p"] * (len(table) - i)))
+    return pd.DataFrame(table)
+
+
+def verdict(table: pd.DataFrame, *, level: float = 0.05, least_seeds: int = 5) -> list[str]:
+    """A sentence for each arm of `differences`: better or worse in the tests where p after Holm's correction is below `level`,
+    else no effect shown, which the intervals bound; no verdict from fewer than `least_seeds` seeds. The numbers follow."""
+    said = []
+    for (arm, than), part in table.groupby(["arm", "than"], sort=False) if len(table) else ():
+        found, numbers = {}, []
+        for r in part.itertuples():
+            word = "no effect shown" if r.holm >= level else "better" if r.difference > 0 else "worse"
+            word = word if r.seeds >= least_seeds else f"no verdict from {r.seeds} of {least_seeds} seeds"
+            found.setdefault(word, []).append(r.test)
+            numbers.append(
+                f"{r.test} {r.difference:+.2f} [{r.low:+.2f}, {r.high:+.2f}], p = {r.p:.2g}, after Holm {r.holm:.2g}"
+            )
+        words = list(found) if len(found) == 1 else [f"{word} in {', '.join(tests)}" for word, tests in found.items()]
+        said.append(f"{arm} against {than}: **{'; '.join(words)}** (points: {'; '.join(numbers)})")
+    return said
+
+
 def source(study: str, rows: pd.DataFrame) -> dict:
     """One line on where the rows of a study come from."""
     line = dict(study=study, models=0, seeds=0, revision="", device="", day="")
@@ -565,14 +611,43 @@ def inside(rows: pd.DataFrame) -> pd.DataFrame:
     return means.rename(columns={"beta": "write strength", "shut": "writes nothing"}).assign(**{"half-life": half})
 
 
-def beside(live: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies just measured, beside the range over seeds of the same arm in the file; empty where it has none."""
+def beside(live: pd.DataFrame, rows: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
+    """Accuracies just measured (or another column, as "loss"), beside the range over seeds of the same arm in the file; empty
+    where it has none."""
     same = rows[rows["key"].isin(live["key"])] if len(rows) else rows
     if not len(same):
         return pd.DataFrame()
-    spread = same.groupby("test")["accuracy"].agg(["min", "mean", "max", "size"])
-    table = live.set_index("test")[["accuracy", "low", "high"]].join(spread, how="inner")
-    return table.rename(columns={"accuracy": "now", "size": "models in the file"})
+    ends = ["low", "high"] if value == "accuracy" else [f"{value}_low", f"{value}_high"]
+    spread = same.dropna(subset=value).groupby("test")[value].agg(["min", "mean", "max", "size"])
+    table = live.set_index("test")[[value, *ends]].join(spread, how="inner")
+    return table.rename(columns={value: "now", "size": "models in the file"})
+
+
+def trade_off(rows: pd.DataFrame, test: str, *, least_seeds: int = 3, threshold: float = 0.99) -> pd.DataFrame:
+    """What needles cost a language model: one line per gate and weight of `language`, from the seeds that both arms have.
+
+    loss, alone: mean loss on held-out text of the arm and of the same gates without needles. excess, %: mean over seeds of how
+    far the first lies beyond the second, accuracy that of `test`, both with the interval of `audit.claim`, whose verdict is the
+    last column; worst: the lowest accuracy of a seed; succeeded: seeds that reach `threshold`. An arm that shares no seed with
+    language alone is left out.
+    """
+    parts, table = rows["arm"].str.split(", "), []
+    weight = parts.str[1].str.removeprefix("weight ").replace("language alone", "0").astype(float)
+    found = rows.assign(gate=parts.str[0], weight=weight)
+    by_seed = lambda part, name: part.dropna(subset=name).set_index("seed")[name]  # noqa: E731
+    for (gate, weight), part in found.groupby(["gate", "weight"], sort=False):
+        losses = by_seed(part, "loss"), by_seed(found[(found["gate"] == gate) & (found["weight"] == 0)], "loss")
+        both = pd.concat([*losses, by_seed(part[part["test"] == test], "accuracy")], axis=1, join="inner")
+        both.columns = ["loss", "alone", "accuracy"]
+        if len(both):
+            excess = audit.claim(100 * (both["loss"] / both["alone"] - 1), least_seeds=least_seeds).iloc[0]
+            right = audit.claim(both["accuracy"], least_seeds=least_seeds, threshold=threshold, bounds=(0, 1)).iloc[0]
+            line = dict(gate=gate, weight=weight, loss=both["loss"].mean(), alone=both["alone"].mean())
+            line |= dict(zip(("excess, %", "excess low", "excess high"), excess[["mean", "low", "high"]], strict=True))
+            line |= dict(zip(("accuracy", "low", "high"), right[["mean", "low", "high"]], strict=True))
+            line |= dict(worst=both["accuracy"].min(), seeds=len(both), succeeded=right["succeeded"])
+            table.append(line | dict(verdict=right["verdict"]))
+    return pd.DataFrame(table)
 
 
 def best_rates(rows: pd.DataFrame, test: str) -> dict[str, float]:

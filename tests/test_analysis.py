@@ -656,3 +656,41 @@ def test_paths_are_taken_out_and_put_back():
     alone = model.build(dataclasses.replace(config.preset("smoke"), vocab_size=64, layer_pattern="S"))
     with pytest.raises(ValueError, match="no layer S with read_out"):
         analysis.without(alone, "read").__enter__()
+
+
+def test_ablation_is_paired_by_row():
+    net = model.build(dataclasses.replace(config.preset("smoke"), vocab_size=64, init_std=0.3))
+    rows = data.Bigrams(seq_len=40, vocab_size=64).sample(7, analysis.fresh(0))
+    table = analysis.ablation(net, rows, [0, 8, 40])
+    assert list(table["variant"].unique()) == ["whole", *analysis.ABLATIONS] and len(table) == 5 * 3
+    assert (table[table["variant"] == "whole"][["added", "added low", "added high"]] == 0).all(axis=None)
+    by_row = lambda: torch.nn.functional.cross_entropy(net(rows.tokens).logits.mT, rows.targets, reduction="none")  # noqa: E731
+    with torch.no_grad():
+        whole = by_row().double()
+        with analysis.without(net, "memory", "read"):
+            gone = by_row().double()
+    lines = table[table["variant"] == "without both"].set_index("position")
+    for position, (a, b) in {"all": (0, 40), 0: (0, 8), 8: (8, 40)}.items():
+        line = lines.loc[position]
+        found = line[["loss", "low", "high"]], line[["added", "added low", "added high"]]
+        for numbers, nats in zip(found, (gone, gone - whole), strict=True):
+            assert numbers.tolist() == pytest.approx(analysis.mean_interval(nats[:, a:b].mean(1)), rel=1e-4, abs=1e-6)
+        assert (line["until"], line["rows"]) == (b - 1, 7)
+    by_position = analysis.loss_by_position(net, rows, [0, 8, 40])
+    kept = table[(table["variant"] == "whole") & (table["position"] != "all")]
+    assert kept["loss"].tolist() == pytest.approx(by_position["loss"].tolist(), rel=1e-5)
+    with pytest.raises(ValueError, match="edges"):
+        analysis.ablation(net, rows, [0, 41])
+    rows.targets[0, 3] = -100
+    with pytest.raises(ValueError, match="not scored"):
+        analysis.ablation(net, rows, [0, 40])
+
+
+def test_accuracy_without_asks_the_same_rows():
+    net = model.build(dataclasses.replace(config.preset("smoke"), vocab_size=64, init_std=0.3))
+    task = data.MultiNeedle(seq_len=40, vocab_size=64, n_needles=3, n_markers=4)
+    table = analysis.accuracy_without(net, task, trials=300).set_index("variant")
+    assert list(table.index) == ["whole", *analysis.ABLATIONS] and set(table["chance"]) == {task.chance}
+    assert table.loc["whole", "accuracy"] == analysis.accuracy(net, task, trials=300).value
+    with analysis.without(net, "window"):
+        assert table.loc["without the window", "accuracy"] == analysis.accuracy(net, task, trials=300).value

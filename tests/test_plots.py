@@ -1,5 +1,6 @@
 """Plots: what is drawn is what the tables hold, axes are labelled, nothing warns, live curves keep quiet when headless."""
 
+import dataclasses
 import warnings
 
 import matplotlib.pyplot as plt
@@ -380,3 +381,42 @@ def test_errors_draw_the_exact_and_the_measured():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
     with pytest.raises(ValueError, match="notes"):
         plots.errors(table.drop(columns="notes"), "writes", xlabel="writes", also="notes")
+
+
+def test_by_position_draws_a_band_per_variant():
+    net = model.build(dataclasses.replace(config.preset("smoke"), vocab_size=64))
+    rows = data.Bigrams(seq_len=32, vocab_size=64).sample(4, analysis.fresh(0))
+    (ax,) = draw(plots.by_position(analysis.loss_by_position(net, rows, [0, 8, 16, 32]), mark=(16, "window")))
+    assert ax.get_lines()[0].get_xdata().tolist() == [8, 16, 32] and len(ax.collections) == 1
+    table = analysis.ablation(net, rows, [0, 8, 16, 32])
+    table = table[(table["position"] != "all") & (table["variant"] != "whole")]
+    figure = plots.by_position(table, value="added", by="variant", ylabel="added loss", mark=(16, "window"))
+    (ax,) = draw(figure)
+    assert len(ax.collections) == len(analysis.ABLATIONS)
+    drawn = [line.get_ydata() for line in ax.get_lines()[: len(analysis.ABLATIONS)]]
+    np.testing.assert_allclose(np.concatenate(drawn), table["added"].astype(float))
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(table["added low"][:4].min())
+    inside(figure)
+    with pytest.raises(ValueError, match="added low"):
+        plots.by_position(table.drop(columns="added low"), value="added")
+
+
+def test_trade_off_draws_both_intervals():
+    line = lambda gate, weight, x, y, half=1.0: {  # noqa: E731
+        **dict(gate=gate, weight=weight, accuracy=y, low=y - 0.01 * half, high=y + 0.01 * half),
+        **{"excess, %": x, "excess low": x - half, "excess high": x + half},
+    }
+    table = pd.DataFrame(
+        [line("soft", 0.0, 0.0, 0.1), line("soft", 0.5, 2.0, 0.9), line("shut", 0.5, 1.0, 0.95, np.nan)]
+    )
+    figure = plots.trade_off(table, chance=0.01, allowed=2.0)
+    (ax,) = draw(figure)
+    assert len(ax.containers) == 2 and len(ax.containers[0].lines[2]) == 2  # bars across and up
+    across = ax.containers[0].lines[2][0].get_segments()
+    assert [segment[:, 0].tolist() for segment in across] == [[-1, 1], [1, 3]]
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["soft", "shut", "language alone", "weight 0.5", "chance 1%", "+2%"]
+    inside(figure)
+    with pytest.raises(ValueError, match="excess low"):
+        plots.trade_off(table.drop(columns="excess low"))

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 import pytest
+import scipy.stats
 
 import analysis
 import audit
@@ -151,6 +152,77 @@ def test_losses_are_paired_by_seed():
         recall.losses(rows, than="none")
     with pytest.raises(ValueError, match="shares 1 seeds"):
         recall.losses(rows[[True, True, True, True, False]], than="alone")
+
+
+def test_differences_are_paired_by_seed_and_corrected():
+    rows = pd.DataFrame(
+        rows_of("none", [0.50, 0.60, 0.70, 0.80, 0.90])
+        + rows_of("up", [0.61, 0.69, 0.81, 0.90, 0.99])  # 11, 9, 11, 10, 9 points more
+        + rows_of("same", [0.51, 0.59, 0.71, 0.79, 0.90])
+        + rows_of("equal", [0.50, 0.60, 0.70, 0.80, 0.90])
+        + rows_of("short", [0.1, 0.2])
+        + rows_of("one", [0.1])
+    )
+    table = recall.differences(rows, dict.fromkeys(("up", "same", "equal", "short", "one", "missing"), "none"))
+    table = table.set_index("arm")
+    assert list(table.index) == ["up", "same", "equal", "short"] and set(table["than"]) == {"none"}
+    assert table["seeds"].tolist() == [5, 5, 5, 2] and table.loc["up", "difference"] == pytest.approx(10)
+    mean, low, high = analysis.mean_interval([11, 9, 11, 10, 9])
+    assert table.loc["up", ["low", "high"]].tolist() == pytest.approx([low, high])
+    t = 10 / (1 / 5**0.5)  # the sample deviation of 11, 9, 11, 10, 9 is 1
+    assert table.loc["up", "p"] == pytest.approx(2 * scipy.stats.t.sf(t, 4))
+    assert table.loc["same", "p"] == pytest.approx(1) and table.loc["equal", "p"] == 1  # +1, -1, +1, -1, 0
+    assert table.loc["up", "holm"] == pytest.approx(4 * table.loc["up", "p"])  # one of four lines, the least
+    assert (table["holm"] >= table["p"]).all() and (table["holm"] <= 1).all()
+    said = recall.verdict(table.reset_index())
+    assert said[0].startswith("up against none: **better** (points: far +10.00 [")
+    assert "**no effect shown**" in said[1] and "**no verdict from 2 of 5 seeds**" in said[3]
+    down = recall.differences(pd.concat([rows, rows.assign(test="near", accuracy=0.5)]), {"none": "up"})
+    assert down["test"].tolist() == ["far", "near"] and down["holm"][1] == 1
+    assert recall.verdict(down)[0].startswith(
+        "none against up: **worse in far; no effect shown in near** (points: far -10.00"
+    )
+    assert recall.differences(rows[:0], {"up": "none"}).empty and recall.verdict(pd.DataFrame()) == []
+    assert recall.differences(pd.DataFrame(), {"up": "none"}).empty
+
+
+def test_the_trade_off_is_paired_by_seed():
+    def trained(arm, losses, right):
+        rows = []
+        for seed, (loss, accuracy) in enumerate(zip(losses, right, strict=True)):
+            rows += [
+                dict(arm=arm, seed=seed, test="language", loss=loss),
+                dict(arm=arm, seed=seed, test="five", accuracy=accuracy),
+            ]
+        return rows
+
+    rows = trained("soft gates, language alone", [4.0, 5.0, 8.0], [0, 0, 0])
+    rows += trained("soft gates, weight 0.05", [4.04, 5.1, 8.08], [1.0, 0.98, 0.99])
+    rows += trained("gates that can shut, weight 0.5", [4.0], [1.0])
+    rows += trained("gates that can shut, language alone", [4.0, 4.0], [0.0, 0.0])
+    table = recall.trade_off(pd.DataFrame(rows), "five").set_index(["gate", "weight"])
+    line = table.loc["soft gates", 0.05]
+    mean, low, high = analysis.mean_interval([1, 2, 1])
+    assert line[["excess, %", "excess low", "excess high"]].tolist() == pytest.approx([mean, low, high])
+    assert line[["accuracy", "worst", "seeds", "succeeded"]].tolist() == pytest.approx([0.99, 0.98, 3, 2])
+    assert line[["loss", "alone", "high"]].tolist() == pytest.approx([17.22 / 3, 17 / 3, 1.0])
+    assert table.loc[("soft gates", 0.0), ["excess, %", "excess low", "accuracy"]].tolist() == [0, 0, 0]
+    single = table.loc["gates that can shut", 0.5]
+    assert (
+        single["verdict"] == "refused: 1 of 3 seeds"
+        and math.isnan(single["excess low"])
+        and line["verdict"] == "stands"
+    )
+    lonely = pd.DataFrame(trained("soft gates, weight 1", [4.0], [1.0]))
+    assert recall.trade_off(lonely, "five").empty
+
+
+def test_losses_beside_the_file():
+    same = dict(key="k", test="language", accuracy=math.nan)
+    rows = pd.DataFrame([dict(same, loss=4.0), dict(same, loss=4.2), dict(same, test="five", accuracy=1.0)])
+    live = pd.DataFrame([dict(key="k", test="language", loss=4.1, loss_low=4.0, loss_high=4.2)])
+    found = recall.beside(live, rows, "loss").loc["language"]
+    assert found[["now", "loss_low", "min", "mean", "max", "models in the file"]].tolist() == [4.1, 4, 4, 4.1, 4.2, 2]
 
 
 TEXT = data.LanguageModel(
