@@ -344,7 +344,8 @@ def language(
 ) -> list[Arm]:
     """Language modelling with five needles beside it, by the weight of their loss; every arm sees the same text.
 
-    Soft gates that forget over 2,000 tokens beside gates that can be shut: does language keep them open?
+    Soft gates that forget over 2,000 tokens beside gates that can be shut: does language keep them open? And two window
+    layers without a memory, on language alone: what is a memory worth to it?
     """
     vocab, (seen, held_out) = _text(size, text, 16)
     length = size.lengths[-1]
@@ -362,7 +363,9 @@ def language(
             phase = train.Phase("joint", (words, asked) if weight else words, size.steps)
             name = f"{gate}, weight {weight:g}" if weight else f"{gate}, language alone"
             arms.append(Arm(name, cfg, (phase,), size.training(**more), tests, size.trials))
-    return arms
+    without = dataclasses.replace(cfg, layer_pattern="SS", use_rope=True)
+    alone = train.Phase("joint", words, size.steps)
+    return [*arms, Arm("no memory, language alone", without, (alone,), size.training(), tests, size.trials)]
 
 
 def order(size: Size, text: data.LanguageModel) -> list[Arm]:
