@@ -77,6 +77,7 @@ class Size(config.Settings):
     steps: int = 1200
     lr: float = 3e-3
     far: tuple[int, ...] = (1024, 4096, 16384, 65536)  # lengths of the tests
+    furthest: int = 2**20  # and one for the arms that may last so long
     asked: int = 64  # needles in a test
     widths: tuple[int, ...] = (64, 128, 256)  # d_model of the comparison of mixers
     mqar: tuple[int, int] = (256, 64)  # tokens and pairs of its training
@@ -99,15 +100,20 @@ class Size(config.Settings):
 FULL = Size()
 # The 33M hybrid at the lengths of the notes.
 LARGE = Size(d_model=512, n_heads=8, vocab_size=50_257, lengths=(256, 512, 1024, 2048), lr=1e-3)
-SIZES = dict(
-    keys=dataclasses.replace(FULL, lengths=(256, 512, 1024, 2048)),
+SIZES = dict(  # steps: several times what the arms needed in trials
+    keys=dataclasses.replace(FULL, lengths=(256, 512, 1024, 2048), steps=600),
+    mixers=dataclasses.replace(FULL, steps=800),
+    penalties=dataclasses.replace(FULL, steps=600),
+    ids=dataclasses.replace(FULL, steps=400),
     counts=LARGE,
-    ruler=dataclasses.replace(LARGE, far=(2048, 8192, 32768, 65536), tokens=2**15),
-    language=LARGE,
+    # Few answers a seed: a test at 65,536 tokens reads 13 million for them.
+    ruler=dataclasses.replace(LARGE, far=(2048, 8192, 65536), tokens=2**15, trials=200),
+    language=dataclasses.replace(LARGE, steps=640),  # 10.5 million tokens of text
+    order=dataclasses.replace(LARGE, steps=640),
 )
 SMOKE = Size(
     d_model=64, n_heads=2, width=32, vocab_size=256, lengths=(64, 128), needles=(1, 2, 5), tokens=2048, steps=120,
-    far=(128, 512), asked=5, widths=(64,), mqar=(64, 8), mqar_far=(128, 16), trials=1000,
+    far=(128, 512), furthest=2048, asked=5, widths=(64,), mqar=(64, 8), mqar_far=(128, 16), trials=1000,
 )  # fmt: skip
 
 
@@ -143,18 +149,14 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
         ),
         "hard decay, hard write, penalty": (opened | dict(write_gate="hard"), dict(write_penalty=0.02)),
     }
-    return [
-        Arm(
-            name if pattern == "G" else f"{name}, {pattern}",
-            size.model(pattern, **changes),
-            (phase,),
-            size.training(**more),
-            tests,
-            size.trials,
-        )
-        for pattern in patterns
-        for name, (changes, more) in settings.items()
-    ]
+    furthest = (f"{size.furthest:,} tokens", dataclasses.replace(tests[-1][1], seq_len=size.furthest))
+    arms = []
+    for pattern in patterns:
+        for name, (changes, more) in settings.items():
+            asked = (*tests, furthest) if more and "write_gate" in changes else tests
+            label = name if pattern == "G" else f"{name}, {pattern}"
+            arms.append(Arm(label, size.model(pattern, **changes), (phase,), size.training(**more), asked, size.trials))
+    return arms
 
 
 MIXERS = {  # two layers each, at most 2 heads; every recurrent one with the shifted write
@@ -321,7 +323,7 @@ def counts(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
 
 
 def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
-    """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; with one memory layer and with two."""
+    """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; two layers of memory, for the hops."""
     vocab, sides = _text(size, text, 33)
     sides = sides or [None, None]
     at = lambda length, side: ruler.suite(length, vocab, haystack=side)  # noqa: E731
@@ -332,11 +334,8 @@ def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]
     ]
     phase = train.Phase("ruler", tuple(parts), size.steps)
     tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
-    arms = []
-    for pattern in ("GS", "GSGS"):
-        cfg = dataclasses.replace(size.model(pattern, **SHUT), vocab_size=vocab, value_dim=2 * size.width)
-        arms.append(Arm(f"hybrid, {pattern}", cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials))
-    return arms
+    cfg = dataclasses.replace(size.model("GSGS", **SHUT), vocab_size=vocab, value_dim=2 * size.width)
+    return [Arm("hybrid, GSGS", cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials)]
 
 
 def language(
@@ -355,10 +354,12 @@ def language(
     words = train.Part(seen, tokens=size.tokens, name="language")
     tests = (("language", held_out), ("five in random ids", plain), ("five in text", hidden[1]))
     arms = []
-    for gate, changes, more in (("soft gates", {}, {}), ("gates that can shut", SHUT, dict(write_penalty=0.02))):
+    weights = list(weights)
+    gates = ("soft gates", {}, {}, weights), ("gates that can shut", SHUT, dict(write_penalty=0.02), weights[::3])
+    for gate, changes, more, chosen in gates:
         cfg = dataclasses.replace(size.model("GS", **changes), vocab_size=vocab, value_dim=2 * size.width)
         half = dataclasses.replace(size, tokens=size.tokens // 2)
-        for weight in weights:
+        for weight in chosen:
             asked = dataclasses.replace(_needles(half, plain, (1, 2, 3, 5), hidden[0]), weight=weight or 1.0)
             phase = train.Phase("joint", (words, asked) if weight else words, size.steps)
             name = f"{gate}, weight {weight:g}" if weight else f"{gate}, language alone"
@@ -489,6 +490,13 @@ def load(path: str | Path, study: str) -> pd.DataFrame:
     """Rows of one study, in the order of the file; empty where there are none."""
     rows = [row for row in _lines(path) if row["study"] == study]
     return pd.DataFrame(rows)
+
+
+def named(rows: pd.DataFrame, arms: Iterable[Arm]) -> pd.DataFrame:
+    """The rows of these arms, under their names: an arm that another study or name has trained already is not trained again."""
+    names = {arm.key: arm.name for arm in arms}
+    rows = rows[rows["key"].isin(names)].drop_duplicates(["key", "seed", "test"]) if len(rows) else rows
+    return rows.assign(arm=rows["key"].map(names)) if len(rows) else rows
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -654,10 +662,14 @@ def trade_off(rows: pd.DataFrame, test: str, *, least_seeds: int = 3, threshold:
 
 
 def best_rates(rows: pd.DataFrame, test: str) -> dict[str, float]:
-    """Of a sweep of rates by `mixers`: the rate at which each mixer did best in `test`, of equals the lower one."""
-    rows = of_mixers(rows[rows["test"] == test]).sort_values("lr")
-    means = rows.groupby(["mixer", "lr"])["accuracy"].mean()
-    return {mixer: float(part.idxmax()[1]) for mixer, part in means.groupby(level=0)}
+    """Of a sweep of rates by `mixers`: the rate at which each mixer did best in `test`; of equals that with the lower loss at the
+    end of training. ValueError without such rows."""
+    rows = of_mixers(rows[(rows["test"] == test) & rows["arm"].str.contains("rate")]) if len(rows) else rows
+    if not len(rows):
+        raise ValueError(f"rows: no sweep of rates with the test {test!r}")
+    means = rows.groupby(["mixer", "lr"])[["accuracy", "last_loss"]].mean().reset_index()
+    ordered = means.sort_values(["accuracy", "last_loss"], ascending=[False, True])
+    return {mixer: float(part["lr"].iloc[0]) for mixer, part in ordered.groupby("mixer")}
 
 
 def of_mixers(rows: pd.DataFrame) -> pd.DataFrame:
@@ -672,9 +684,16 @@ def main(arguments=None):
     parser.add_argument("--arms", default="", help="only arms whose name holds one of these words, separated by ;")
     parser.add_argument("--out", default="results/recall.jsonl")
     parser.add_argument("--smoke", action="store_true", help="the size of the smoke profile")
+    why = "mixers: at every width with the best of the rates that this file holds for the middle one"
+    parser.add_argument("--rates-of", help=why)
     args = parser.parse_args(arguments)
     size = SMOKE if args.smoke else SIZES.get(args.study, FULL)
-    arms = STUDIES[args.study](size) if args.study in STUDIES else WITH_TEXT[args.study](size, text(size))
+    if args.rates_of:
+        if args.study != "mixers":
+            parser.error(f"--rates-of belongs to mixers, not to {args.study}")
+        arms = mixers(size, rates=best_rates(load(args.rates_of, "mixers"), mixers(size)[0].tests[0][0]))
+    else:
+        arms = STUDIES[args.study](size) if args.study in STUDIES else WITH_TEXT[args.study](size, text(size))
     if args.arms:
         arms = [arm for arm in arms if any(word in arm.name for word in args.arms.split(";"))]
     for arm in arms:

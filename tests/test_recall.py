@@ -16,7 +16,8 @@ import model
 import recall
 
 TINY = recall.Size(
-    d_model=16, n_heads=2, width=8, vocab_size=64, lengths=(16, 32), needles=(1, 2), tokens=64, steps=3, far=(32, 64),
+    d_model=16, n_heads=2, width=8, vocab_size=64, lengths=(16, 32), needles=(1, 2), tokens=64, steps=3,
+    far=(32, 64), furthest=128,
     asked=3, widths=(16, 32), mqar=(32, 4), mqar_far=(64, 8), trials=20,
 )  # fmt: skip
 
@@ -102,8 +103,10 @@ def test_what_is_said_of_the_memory(cpu):
     assert recall.memory_of(model.build(TINY.model("S")), task) == {}
 
 
-def rows_of(arm, values, *, test="far", lr=1e-3):
-    common = dict(arm=arm, test=test, length=64, trials=1000, chance=0.01, parameters=10, state=5, lr=lr)
+def rows_of(arm, values, *, test="far", lr=1e-3, loss=0.1):
+    common = dict(
+        arm=arm, test=test, length=64, trials=1000, chance=0.01, parameters=10, state=5, lr=lr, last_loss=loss
+    )
     return [dict(common, accuracy=a, low=a - 0.1, high=min(1.0, a + 0.1), seed=i) for i, a in enumerate(values)]
 
 
@@ -272,21 +275,36 @@ def test_the_best_rate_of_each_mixer():
     rows = [
         *rows_of("DeltaNet, d 128, rate 0.001", [0.5], lr=1e-3),
         *rows_of("DeltaNet, d 128, rate 0.01", [0.7], lr=1e-2),
-        *rows_of("hybrid, d 128, rate 0.01", [1.0], lr=1e-2),
+        *rows_of("hybrid, d 128, rate 0.01", [1.0], lr=1e-2, loss=0.2),
         *rows_of("hybrid, d 128, rate 0.001", [1.0], lr=1e-3),
+        *rows_of("hybrid, d 64", [1.0], lr=1e-4, loss=0.0),
         *rows_of("hybrid, d 128, rate 0.01", [0.0], lr=1e-2, test="other"),
     ]
     assert recall.best_rates(pd.DataFrame(rows), "far") == {"DeltaNet": 1e-2, "hybrid": 1e-3}
+    for found in (pd.DataFrame(rows), pd.DataFrame()):
+        with pytest.raises(ValueError, match="no sweep"):
+            recall.best_rates(found, "near")
 
 
 def test_the_command(tmp_path, cpu, monkeypatch, capsys):
     monkeypatch.setattr(recall, "SMOKE", TINY)
     out = tmp_path / "rows.jsonl"
     recall.main(["gates", "--smoke", "--seeds", "0", "--arms", "bias 2;hard decay", "--out", str(out)])
-    assert len(out.read_text().splitlines()) == 3 * 2
+    assert len(out.read_text().splitlines()) == 3 * 2 + 1  # one arm may last
     assert "hard decay, hard write, penalty" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        recall.main(["none"])
+    for words in (["none"], ["gates", "--rates-of", str(out)]):
+        with pytest.raises(SystemExit):
+            recall.main(words)
+    recall.main(["mixers", "--smoke", "--seeds", "0", "--out", str(out)])
+    recall.main(
+        ["mixers", "--smoke", "--seeds", "0", "--rates-of", str(out), "--arms", "hybrid, d 32", "--out", str(out)]
+    )
+    rows = recall.load(out, "mixers")
+    rates = recall.best_rates(rows, "(32, 4)")
+    chosen = recall.named(rows, recall.mixers(TINY, rates=rates))
+    # The best of the sweep is there already, under a longer name.
+    assert set(chosen[chosen["arm"] == "hybrid, d 32"]["lr"]) == {rates["hybrid"]}
+    assert set(chosen["arm"].str[-4:]) == {"d 32"} and recall.named(rows[:0], []).empty
 
 
 def test_phases_train_at_every_length_and_count():
