@@ -332,29 +332,30 @@ def loss_by_position(
     a bucket that fewer than 2 rows score in.
     """
     edges = _edges(edges, rows)
-    device, sums = device_of(model), torch.zeros(len(rows.tokens), len(edges) - 1, dtype=torch.float64)
-    counts = torch.zeros_like(sums)
-    with evaluating(model, precision=precision):
-        for start in range(0, len(rows.tokens), rows_per_batch):
-            part = rows.rows(slice(start, start + rows_per_batch))
-            for i, (a, b) in enumerate(itertools.pairwise(edges)):
-                asked = part.targets != -100
-                asked[:, :a] = asked[:, b:] = False
-                logits = model(part.tokens.to(device), positions=asked.to(device)).logits.float()
-                nats = F.cross_entropy(logits, part.targets[asked].to(device), reduction="none").double().cpu()
-                row = asked.nonzero()[:, 0] + start
-                sums[:, i].index_add_(0, row, nats)
-                counts[:, i] += torch.bincount(row, minlength=len(sums))
-    table = []
-    for i, (a, b) in enumerate(itertools.pairwise(edges)):
-        scored = counts[:, i] > 0
+    nats, table = _nats(model, rows, at_once=rows_per_batch, precision=precision), []
+    for a, b in itertools.pairwise(edges):
+        part = nats[:, a:b]
+        counts = (~part.isnan()).sum(1)
+        scored = counts > 0
         if scored.sum() < 2:
             raise ValueError(f"rows: {int(scored.sum())} rows are scored from {a} to {b - 1}; an interval needs 2")
-        means, weights = (sums[scored, i] / counts[scored, i]).numpy(), counts[scored, i].numpy()
+        means, weights = part[scored].nanmean(1).numpy(), counts[scored].double().numpy()
         mean, low, high = _weighted_interval(means, weights, 0.95)
         row = {"position": a, "until": b - 1, "loss": mean, "low": low, "high": high}
         table.append(row | {"tokens": int(weights.sum()), "rows": len(means)})
     return pd.DataFrame(table)
+
+
+def _nats(model: torch.nn.Module, rows: data.Batch, *, at_once: int = 4, precision: str = "auto") -> Tensor:
+    """float64 [n, T]: loss of every scored token, nan elsewhere."""
+    device, nats = device_of(model), torch.full(rows.tokens.shape, math.nan, dtype=torch.float64)
+    with evaluating(model, precision=precision):
+        for start in range(0, len(rows.tokens), at_once):
+            part = rows.rows(slice(start, start + at_once))
+            logits = model(part.tokens.to(device), positions=part.scored.to(device)).logits.float()
+            found = F.cross_entropy(logits, part.targets[part.scored].to(device), reduction="none")
+            nats[start : start + at_once][part.scored] = found.double().cpu()
+    return nats
 
 
 def _edges(edges: Iterable[int], rows: data.Batch) -> list[int]:
@@ -417,6 +418,8 @@ def ablation(net: models.TransparentHybrid, rows: data.Batch, edges: Iterable[in
     by row. ValueError for rows that are not scored throughout, and for edges outside of them or out of order.
     """
     edges = _edges(edges, rows)
+    if not rows.scored.all():
+        raise ValueError("rows: some positions are not scored; needs rows of text, as from LanguageModel.windows")
     spans = [(edges[0], edges[-1]), *zip(edges[:-1], edges[1:], strict=True)]
     whole, table = _nats(net, rows), []
     for name, paths in {"whole": (), **ABLATIONS}.items():
@@ -432,20 +435,6 @@ def ablation(net: models.TransparentHybrid, rows: data.Batch, edges: Iterable[in
             line |= dict(zip(("added", "added low", "added high"), added, strict=True))
             table.append(line | dict(rows=len(mine)))
     return pd.DataFrame(table)
-
-
-def _nats(net: models.TransparentHybrid, rows: data.Batch, *, at_once: int = 4) -> Tensor:
-    """float64 [n, T]: loss of every token of rows that are scored throughout."""
-    if (rows.targets == -100).any():
-        raise ValueError("rows: some positions are not scored; needs rows of text, as from LanguageModel.windows")
-    device, parts = device_of(net), []
-    with evaluating(net):
-        for start in range(0, len(rows.tokens), at_once):
-            part = rows.rows(slice(start, start + at_once))
-            logits = net(part.tokens.to(device)).logits.flatten(0, 1).float()
-            nats = F.cross_entropy(logits, part.targets.to(device).flatten(), reduction="none")
-            parts.append(nats.view(part.targets.shape).double().cpu())
-    return torch.cat(parts)
 
 
 def accuracy_without(net: models.TransparentHybrid, task: data.Task, *, trials: int = 1000) -> pd.DataFrame:
@@ -536,13 +525,18 @@ def _half_life(log_decay: float) -> float:
     return math.log(0.5) / log_decay if log_decay < 0 else math.inf
 
 
+def random_similarity(K: int) -> float:
+    """Mean |cosine| of random directions of width K: Gamma(K / 2) / (sqrt(pi) Gamma((K + 1) / 2)), about sqrt(2 / (pi K))."""
+    return math.exp(math.lgamma(K / 2) - math.lgamma((K + 1) / 2)) / math.sqrt(math.pi)
+
+
 def diagnose(model: models.TransparentHybrid, tokens: Tensor) -> pd.DataFrame:
     """One row per layer: gates, half-life, key similarity, state norm and rank, and what each path adds.
 
     beta: mean write strength. half_life: tokens after which the mean log-decay has halved the memory (inf: no decay), and
     `best_half_life` that of the head that remembers longest, which the mean can hide.
-    key_similarity: mean |cosine| between keys of different positions; `random_keys` is its value for random directions,
-    Gamma(K / 2) / (sqrt(pi) Gamma((K + 1) / 2)), about sqrt(2 / (pi K)).
+    key_similarity: mean |cosine| between keys of different positions; `random_keys` is its value for random directions
+    (`random_similarity`).
     state_rank: exp of the entropy of the normalised singular values of the final state, 0 for an empty one.
     Norms are means over positions (or heads). Time and memory grow with T^2; a thousand tokens are enough.
     """
@@ -563,7 +557,7 @@ def diagnose(model: models.TransparentHybrid, tokens: Tensor) -> pd.DataFrame:
                 "half_life": _half_life(float(g.mean())),
                 "best_half_life": _half_life(float(g.max())),
                 "key_similarity": float(off),
-                "random_keys": math.exp(math.lgamma(K / 2) - math.lgamma((K + 1) / 2)) / math.sqrt(math.pi),
+                "random_keys": random_similarity(K),
                 "state_norm": float(r["state"].float().norm(dim=(-2, -1)).mean()),
                 "state_rank": float(rank.mean()),
                 "read_norm": float(r["read"].float().norm(dim=-1).mean()),

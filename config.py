@@ -158,7 +158,7 @@ class HybridConfig(Settings):
     beta_bias: float = -2.0
     g_bias: float = 8.0
     write_gate: str = (
-        "sigmoid"  # sigmoid | hard: clamp(1.2 sigmoid - 0.1, 0, 1) | straight: that, with the sigmoid's gradient
+        "sigmoid"  # sigmoid | hard: clamp(1.2 sigmoid - 0.1, 0, 1) | straight: its values, a sigmoid's gradient
     )
     decay: str = "sigmoid"  # sigmoid | mamba | none | hard
     erase: str = "decayed"  # decayed: recall from the decayed state; raw: from the state before the decay

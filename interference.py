@@ -121,7 +121,7 @@ def cosine_law(K: int, limits=()) -> dict:
 
     Its square is Beta(1/2, (K - 1)/2), so the mean is Gamma(K/2) / (sqrt(pi) Gamma((K + 1)/2)).
     """
-    mean = math.exp(math.lgamma(K / 2) - math.lgamma((K + 1) / 2)) / math.sqrt(math.pi)
+    mean = analysis.random_similarity(K)
     squares = stats.beta(0.5, (K - 1) / 2)
     return dict(mean=mean, std=math.sqrt(1 / K - mean**2)) | {f"above {x:g}": float(squares.sf(x * x)) for x in limits}
 

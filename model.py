@@ -336,9 +336,8 @@ class MemoryLayer(nn.Module):
     def _gates(self, write: Tensor, decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`gates` from their logits [B, T, H]."""
         with lean.full_precision(write):
-            beta = {"sigmoid": torch.sigmoid, "hard": hard_sigmoid, "straight": straight_through}[self.cfg.write_gate](
-                write
-            )
+            gate = dict(sigmoid=torch.sigmoid, hard=hard_sigmoid, straight=straight_through)[self.cfg.write_gate]
+            beta = gate(write)
             if decay is None:
                 return beta, torch.zeros_like(beta)
             if self.cfg.decay == "sigmoid":
@@ -499,16 +498,10 @@ class TransparentHybrid(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers, self.norms, self.ffns = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        others = dict(G=MemoryLayer, A=mixers.AttentionLayer, L=mixers.LinearAttentionLayer)
         for i, letter in enumerate(cfg.layer_pattern):
             reads = "G" in cfg.layer_pattern[:i]
-            self.layers.append(
-                {
-                    "G": lambda: MemoryLayer(cfg),
-                    "S": lambda reads=reads: WindowLayer(cfg, reads_memory=reads),
-                    "A": lambda: mixers.AttentionLayer(cfg),
-                    "L": lambda: mixers.LinearAttentionLayer(cfg),
-                }[letter]()
-            )
+            self.layers.append(WindowLayer(cfg, reads_memory=reads) if letter == "S" else others[letter](cfg))
             self.norms.append(nn.RMSNorm(cfg.d_model, eps=1e-6))
             self.ffns.append(SwiGLU(cfg.d_model, cfg.ffn_dim))
         self.norm = nn.RMSNorm(cfg.d_model, eps=1e-6)

@@ -250,7 +250,7 @@ def key_similarity(model: models.TransparentHybrid, tokens: Tensor, *, marker: i
         heads = sums / pairs if pairs else torch.full((cfg.n_heads,), math.nan)
         row = {"layer": r["index"], "similarity": float(heads.mean())}
         row |= {"least": float(heads.min()), "most": float(heads.max()), "untrained": untrained_similarity(cfg)}
-        row["random"] = math.exp(math.lgamma(K / 2) - math.lgamma((K + 1) / 2)) / math.sqrt(math.pi)
+        row["random"] = analysis.random_similarity(K)
         if marker is not None:
             own, B = keys[:, :, 0], len(keys)  # [B, H, K]: the last token came first
             alike = (

@@ -530,12 +530,12 @@ def losses(rows: pd.DataFrame, *, than: str) -> pd.DataFrame:
         raise ValueError(f"than = {than!r}: the rows hold losses of {list(by_arm.columns)}")
     table = []
     for arm in found["arm"].unique():
-        both = by_arm[[arm, than]].dropna().to_numpy() if arm != than else by_arm[[arm, arm]].dropna().to_numpy()
+        both = by_arm[[arm, than]].dropna().to_numpy()
         if len(both) < 2:
             raise ValueError(f"rows: {arm!r} shares {len(both)} seeds with {than!r}; an interval needs 2")
         mean, low, high = analysis.mean_interval(both[:, 0])
         line = dict(arm=arm, loss=mean, low=low, high=high, seeds=len(both))
-        excess = analysis.mean_interval(100 * (both[:, 0] / both[:, 1] - 1)) if arm != than else (0.0, 0.0, 0.0)
+        excess = analysis.mean_interval(100 * (both[:, 0] / both[:, 1] - 1))
         table.append(line | dict(zip(("excess, %", "excess low", "excess high"), excess, strict=True)))
     return pd.DataFrame(table)
 
