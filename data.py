@@ -14,7 +14,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import gc
 import hashlib
+import itertools
 import math
 import pathlib
 import platform
@@ -140,8 +142,11 @@ def corpus(name, *, max_bytes: int | None = None, separator: str | None = None, 
     """Load text and print what was loaded: documents, size and hash. Nothing is ever substituted for what was asked.
 
     name: "wikitext-103" or "pile" (streamed from the Hugging Face hub; `max_bytes` bounds the download), "offline" (the
-        running Python's own documentation and docstrings, a document a module, about 2 MB of English, no download), or
-        the path of a text file (one document) or of a folder (each .txt file in it, by name, one document).
+        running Python's own documentation and docstrings, a document a module, about 2 MB of English, no download),
+        "packages" (the docstrings of the packages installed beside this Python, a document a package, no download; with
+        requirements.txt about 40 MB of technical English, read in half a minute; other packages or versions are another
+        text, which the hash printed tells), or the path of a text file (one document) or of a folder (each .txt file in
+        it, by name, one document).
     max_bytes: keep whole documents until so many bytes are reached.
     separator: divide every text at this string into documents of their own, for a file that holds several.
     Raises OSError when the text cannot be reached and ValueError when there is no text in it.
@@ -151,7 +156,7 @@ def corpus(name, *, max_bytes: int | None = None, separator: str | None = None, 
     if separator == "":
         raise ValueError("separator = '': needs a string to divide the text at, or None")
     name = str(name)
-    readers = {"wikitext-103": _wikitext, "pile": _pile, "offline": _offline}
+    readers = {"wikitext-103": _wikitext, "pile": _pile, "offline": _offline, "packages": _packages}
     texts = readers[name]() if name in readers else _files(pathlib.Path(name))
     documents, size = [], 0
     for text in texts:
@@ -177,9 +182,8 @@ def _hub(dataset: str, *config_name: str) -> Iterator[str]:
         for row in datasets.load_dataset(dataset, *config_name, split="train", streaming=True):
             yield row["text"]
     except Exception as error:  # the hub client's own errors are of many kinds, not all of them OSError
-        why = (
-            "the Hugging Face hub did not give it; without a network use 'offline' or the path of a text file or folder"
-        )
+        instead = "'offline', 'packages' or the path of a text file or folder"
+        why = f"the Hugging Face hub did not give it; without a network use {instead}"
         raise OSError(f"corpus: {dataset} cannot be reached ({type(error).__name__}: {error}); {why}") from error
 
 
@@ -206,7 +210,8 @@ def _files(path: pathlib.Path) -> Iterator[str]:
     elif path.is_file():
         found = [path]
     else:
-        why = "no such file or folder; choose 'wikitext-103', 'pile', 'offline', or the path of a text file or folder"
+        choices = "'wikitext-103', 'pile', 'offline', 'packages', or the path of a text file or folder"
+        why = f"no such file or folder; choose {choices}"
         raise FileNotFoundError(f"corpus = {str(path)!r}: {why}")
     for file in found:
         try:
@@ -217,9 +222,11 @@ def _files(path: pathlib.Path) -> Iterator[str]:
             ) from error
 
 
-# Folders of the standard library that hold tests, tables of one and the same sentence, or other people's packages.
+# Folders of a library that hold tests, tables of one and the same sentence, or other people's packages. Copies of other
+# packages are often of another version: their docstrings would stand on both sides of a split in nearly the same words.
 _NOT_LIBRARY = {
     "site-packages", "dist-packages", "test", "tests", "encodings", "idlelib", "lib2to3", "ensurepip", "__pycache__",
+    "_vendor", "_vendored",
 }  # fmt: skip
 
 
@@ -240,14 +247,60 @@ def _offline() -> Iterator[str]:
             yield _docstrings(tree)
 
 
+# Characters in a document of `_packages`. With less, a package is hardly more than its name; with more, it is divided.
+_SMALLEST, _LARGEST = 2_000, 1_000_000
+
+
+def _packages() -> Iterator[str]:
+    """The docstrings of the packages in this Python's site-packages, by name; read, never imported.
+
+    A document is one top-level package or module, because a package repeats its own phrases and validation should hold
+    none that training has read. One with more than a million characters would be too large a share of the text to stand
+    on one side, so each of its sub-packages is a document (torch/nn with all below it) and the modules that lie in it
+    directly are one more. Documents with less than 2,000 characters are left out, and so is a docstring that has been
+    read before, word for word, in whatever package: subclasses often copy theirs.
+    """
+    paths = sysconfig.get_paths()
+    roots = list(dict.fromkeys(pathlib.Path(paths[kind]) for kind in ("purelib", "platlib")))
+    files = {}  # by the path below its root, so that one folder under two names is read once
+    for root in roots:
+        for file in root.rglob("*.py"):
+            parts = file.relative_to(root).parts
+            # What no import statement can name is no package: *.dist-info, *-stubs, the ~remains of an upgrade.
+            named = parts[0].removesuffix(".py").isidentifier()
+            if named and not _NOT_LIBRARY.intersection(parts[:-1]) and file.is_file():
+                files[parts] = file
+    if not files:
+        where = " or ".join(map(str, roots))
+        why = f"Python {platform.python_version()} has no packages in {where}; give the path of a text"
+        raise OSError(f"corpus = 'packages': {why}")
+    seen: set[str] = set()
+    for _, package in itertools.groupby(sorted(files), key=lambda parts: parts[0]):
+        texts = {parts: _docstrings(tree, seen) for parts in package if (tree := _parse(files[parts]))}
+        depth = 2 if sum(map(len, texts.values())) > _LARGEST else 1
+        documents: dict[tuple[str, ...], list[str]] = {}
+        for parts, text in texts.items():
+            if text:
+                documents.setdefault(parts[:-1][:depth], []).append(text)
+        for document in map("\n".join, documents.values()):
+            if len(document) >= _SMALLEST:
+                # An escape in a docstring can name half a surrogate pair, which UTF-8 has no bytes for: it becomes "?".
+                yield document.encode(errors="replace").decode()
+
+
 def _parse(file: pathlib.Path) -> ast.Module | None:
-    """Syntax tree, or None for the library's few files that are broken on purpose or in an old encoding."""
+    """Syntax tree, or None for a library's few files that are broken on purpose or in an old encoding."""
+    collecting = gc.isenabled()
+    gc.disable()  # a tree is thousands of objects and no cycle: looking for cycles in it takes longer than parsing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in library sources are none of our business
             return ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
+    except (SyntaxError, ValueError):  # ValueError: no UTF-8, or in the first releases of Python 3.11 a null byte
         return None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _topics(tree: ast.Module) -> Iterator[str]:
@@ -261,14 +314,19 @@ def _topics(tree: ast.Module) -> Iterator[str]:
 _BODIES = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
-def _docstrings(tree: ast.Module) -> str:
-    """Docstrings of a module, its classes and functions, in the order of the source, each under its name."""
+def _docstrings(tree: ast.Module, seen: set[str] | None = None) -> str:
+    """Docstrings of a module, its classes and functions, in the order of the source, each under its name.
+
+    seen: docstrings to leave out; those of this module are added to it.
+    """
     parts = []
 
     def visit(node: ast.AST, name: str) -> None:
         text = ast.get_docstring(node)
-        if text:
+        if text and (seen is None or text not in seen):
             parts.append(f"{name}\n{text}\n" if name else f"{text}\n")
+            if seen is not None:
+                seen.add(text)
         pending = list(node.body)
         while pending:
             child = pending.pop(0)

@@ -1,7 +1,7 @@
-"""Studies of recall: arms that differ in one thing, trained from several seeds each, and what every one gives back.
+"""Run studies of recall, and read what they found.
 
-    study = recall.STUDIES["gates"](recall.FULL)                 # a list of arms
-    rows = recall.run(study, seeds=range(5), out="results/recall.jsonl")
+    arms = studies.STUDIES["gates"](studies.FULL)  # a list of arms
+    rows = recall.run(arms, seeds=range(5), out="results/recall.jsonl")
     recall.summary(recall.load("results/recall.jsonl", "gates"))  # mean over seeds with its interval
 
     python recall.py gates --seeds 0,1,2,3,4 --out results/recall.jsonl      the same from a shell, arm by arm
@@ -16,10 +16,8 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -28,373 +26,18 @@ from scipy import stats
 
 import analysis
 import audit
-import config
 import data
 import model
-import ruler
+import probes
 import runs
+import studies
 import train
-
-# ------------------------------------------------------------------------------------------------ arms
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One setting of a study: a model, how it is trained, and what it is asked afterwards."""
-
-    name: str
-    cfg: config.HybridConfig
-    phases: tuple[train.Phase, ...]
-    training: config.TrainConfig
-    tests: tuple[tuple[str, data.Task], ...]  # what a test is called, and its task
-    trials: int = 1000  # answers of each test, at least
-
-    @property
-    def key(self) -> str:
-        """Hash of everything that decides the numbers, the seed apart."""
-        return runs.short_hash(
-            [
-                self.cfg.to_dict(),
-                runs.describe(self.phases),
-                self.training.to_dict(),
-                runs.describe(self.tests),
-                self.trials,
-            ]
-        )
-
-
-@dataclass(frozen=True)
-class Size(config.Settings):
-    """How large a study is: the smoke profile and the full one run the same arms."""
-
-    d_model: int = 256
-    n_heads: int = 4
-    width: int = 64  # K and V
-    vocab_size: int = 8192
-    lengths: tuple[int, ...] = (128, 256, 512, 1024)  # in training
-    needles: tuple[int, ...] = (1, 2, 4, 8, 16)
-    tokens: int = 2**14  # of a step
-    steps: int = 1200
-    lr: float = 3e-3
-    far: tuple[int, ...] = (1024, 4096, 16384, 65536)  # lengths of the tests
-    furthest: int = 2**20  # and one for the arms that may last so long
-    asked: int = 64  # needles in a test
-    widths: tuple[int, ...] = (64, 128, 256)  # d_model of the comparison of mixers
-    mqar: tuple[int, int] = (256, 64)  # tokens and pairs of its training
-    mqar_far: tuple[int, int] = (1024, 256)
-    trials: int = 1000
-
-    def model(self, pattern: str = "G", **changes) -> config.HybridConfig:
-        """A model of this size, by default without anything that forgets."""
-        chosen = dict(d_model=self.d_model, n_heads=self.n_heads, head_dim=self.width, value_dim=self.width)
-        chosen |= dict(vocab_size=self.vocab_size, layer_pattern=pattern, beta_bias=0.0, g_bias=8.0)
-        return config.HybridConfig(**(chosen | changes))
-
-    def training(self, **changes) -> config.TrainConfig:
-        every = max(1, min(50, self.steps // 4))
-        return config.TrainConfig(
-            **(dict(lr=self.lr, warmup_steps=max(1, self.steps // 20), log_every=every) | changes)
-        )
-
-
-FULL = Size()
-# The 33M hybrid at the lengths of the notes.
-LARGE = Size(d_model=512, n_heads=8, vocab_size=50_257, lengths=(256, 512, 1024, 2048), lr=1e-3)
-SIZES = dict(  # steps: several times what the arms needed in trials
-    keys=dataclasses.replace(FULL, lengths=(256, 512, 1024, 2048), steps=600),
-    mixers=dataclasses.replace(FULL, steps=800),
-    penalties=dataclasses.replace(FULL, steps=600),
-    ids=dataclasses.replace(FULL, steps=400),
-    counts=LARGE,
-    # Few answers a seed: a test at 65,536 tokens reads 13 million for them.
-    ruler=dataclasses.replace(LARGE, far=(2048, 8192, 65536), tokens=2**15, trials=200),
-    language=dataclasses.replace(LARGE, steps=640),  # 10.5 million tokens of text
-    order=dataclasses.replace(LARGE, steps=640),
-)
-SMOKE = Size(
-    d_model=64, n_heads=2, width=32, vocab_size=256, lengths=(64, 128), needles=(1, 2, 5), tokens=2048, steps=120,
-    far=(128, 512), furthest=2048, asked=5, widths=(64,), mqar=(64, 8), mqar_far=(128, 16), trials=1000,
-)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ studies
-
-
-def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
-    """What lets a memory last: decay and write gate of its layers, soft ones and those that can be exactly shut.
-
-    Trained on a few needles at short lengths, asked for `size.asked` needles at lengths up to 64 times those.
-    """
-    needle = data.MultiNeedle(
-        seq_len=size.lengths[0], vocab_size=size.vocab_size, n_needles=1, n_markers=max(size.asked, *size.needles)
-    )
-    phase = train.Phase("needles", _needles(size, needle, size.needles), size.steps)
-    # 1 at all but a few tokens, and near enough to the edge at 2.4 for a gradient: at a bias of 8 the gate would never move.
-    opened = dict(decay="hard", g_bias=2.6)
-    tests = tuple(
-        (f"{length:,} tokens", dataclasses.replace(needle, n_needles=size.asked, seq_len=length)) for length in size.far
-    )
-    settings = {
-        "sigmoid decay, bias 2": (dict(g_bias=2.0), {}),
-        "sigmoid decay": ({}, {}),
-        "Mamba-style decay": (dict(decay="mamba"), {}),
-        "hard decay": (opened, {}),
-        "no decay": (dict(decay="none"), {}),
-        "no decay, penalty": (dict(decay="none"), dict(write_penalty=0.02)),
-        "no decay, hard write": (dict(decay="none", write_gate="hard"), {}),
-        "no decay, hard write, penalty": (dict(decay="none", write_gate="hard"), dict(write_penalty=0.02)),
-        "no decay, straight-through write, penalty": (
-            dict(decay="none", write_gate="straight"),
-            dict(write_penalty=0.02),
-        ),
-        "hard decay, hard write, penalty": (opened | dict(write_gate="hard"), dict(write_penalty=0.02)),
-    }
-    furthest = (f"{size.furthest:,} tokens", dataclasses.replace(tests[-1][1], seq_len=size.furthest))
-    arms = []
-    for pattern in patterns:
-        for name, (changes, more) in settings.items():
-            asked = (*tests, furthest) if more and "write_gate" in changes else tests
-            label = name if pattern == "G" else f"{name}, {pattern}"
-            arms.append(Arm(label, size.model(pattern, **changes), (phase,), size.training(**more), asked, size.trials))
-    return arms
-
-
-MIXERS = {  # two layers each, at most 2 heads; every recurrent one with the shifted write
-    "softmax attention": dict(layer_pattern="AA", use_rope=True),
-    "linear attention": dict(layer_pattern="LL"),
-    "DeltaNet": dict(layer_pattern="GG", decay="none", beta_bias=-4.0),
-    "gated delta, Mamba-style decay": dict(layer_pattern="GG", decay="mamba", beta_bias=-4.0),
-    "hybrid": dict(layer_pattern="GS", decay="none", beta_bias=-4.0, use_rope=True),
-    "hybrid, write penalty": dict(layer_pattern="GS", decay="none", beta_bias=-4.0, use_rope=True),
-}
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-
-
-def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | None = None) -> list[Arm]:
-    """Multi-query associative recall for every mixer: at one width with each of RATES, or at all widths at chosen `rates`."""
-    length, pairs = size.mqar
-    task = data.MQAR(seq_len=length, vocab_size=size.vocab_size, n_pairs=pairs)
-    shorter = [dataclasses.replace(task, seq_len=length // n, n_pairs=max(1, pairs // n)) for n in (4, 2)]
-    fewer = dataclasses.replace(task, n_pairs=max(1, pairs // 4))
-    part = train.Part((*shorter, fewer, task), tokens=size.tokens, name="mqar")
-    phases = (train.Phase("mqar", part, size.steps),)
-    far, more = size.mqar_far
-    tests = [dataclasses.replace(task, seq_len=n, n_pairs=p) for n, p in ((length, pairs), (far, pairs), (far, more))]
-    tests = tuple((f"({t.seq_len:,}, {t.n_pairs})", t) for t in tests)
-    arms = []
-    for d in size.widths if rates else (width or size.widths[len(size.widths) // 2],):
-        for name, changes in MIXERS.items():
-            common = dict(d_model=d, n_heads=2, window_size=32)
-            cfg = dataclasses.replace(size.model(), **common, **changes)
-            for lr in [rates[name]] if rates else RATES:
-                label = f"{name}, d {d}" + ("" if rates else f", rate {lr:g}")
-                # Weak writes erase little of what lies beside them: pairs far beyond those of training are then kept too.
-                more = dict(write_penalty=1.0) if "penalty" in name else {}
-                arms.append(Arm(label, cfg, phases, size.training(lr=lr, **more), tests, size.trials))
-    return arms
-
-
-SHUT = dict(decay="none", write_gate="hard")  # gates that can be exactly shut, and nothing that forgets
-
-
-def text(size: Size) -> data.LanguageModel:
-    """The text that WORKBOOK_CORPUS and WORKBOOK_TOKENIZER name; by default Python's documentation, byte by byte, for a small
-    size, and WikiText-103 with the GPT-NeoX tokenizer from the hub for others."""
-    small = size.vocab_size <= 512
-    corpus = data.corpus(
-        os.environ.get("WORKBOOK_CORPUS", "offline" if small else "wikitext-103"), max_bytes=12_000_000
-    )
-    coder = data.tokenizer(os.environ.get("WORKBOOK_TOKENIZER", "bytes" if small else "EleutherAI/gpt-neox-20b"))
-    return data.LanguageModel(corpus=corpus, tokenizer=coder)
-
-
-def _needles(size: Size, task: data.NeedleTask, counts: Iterable[int], *more: data.Task) -> train.Part:
-    """A part that draws one of the training lengths and needle counts each step, as far as they fit."""
-    room = lambda length, n: length >= 2 * n * (task.needle_width + task.cue_width)  # noqa: E731
-    options = [
-        dataclasses.replace(t, seq_len=length, n_needles=n)
-        for t in (task, *more)
-        for length in size.lengths
-        for n in counts
-        if room(length, n)
-    ]
-    return train.Part(tuple(options), tokens=size.tokens, name="needles")
-
-
-def keys(size: Size) -> list[Arm]:
-    """What tells one needle from another: markers of their own, slots, or the context of a marker that all share.
-
-    Five needles, by the keys of G layers: learned, rotated, orthonormal by slot, or convolved over the context.
-    """
-    common = dict(seq_len=size.lengths[-1], vocab_size=size.vocab_size, n_needles=5)
-    unique = data.MultiNeedle(**common, n_markers=16)
-    shared = data.SharedMarkerNeedles(**common)
-    slots = data.SlotNeedles(**common, n_slots=16)
-    first = size.vocab_size - 16  # id of the first marker, or slot
-    bank = dict(key_bank_slots=16, key_bank_start=first)
-    settings = {
-        "unique markers": (unique, "GS", {}),
-        "unique markers, values not shifted": (unique, "GS", dict(shifted_value=False)),
-        "unique markers, RoPE on keys": (unique, "GS", dict(rope_keys=True)),
-        "unique markers, context convolution of 8": (unique, "GS", dict(key_context_conv=8)),
-        "unique markers, key bank": (unique, "GS", bank),
-        "slots, learned keys": (slots, "GS", {}),
-        "slots, key bank and write counter": (slots, "GS", bank | dict(key_bank_marker=first - 1)),
-        "one marker, keys of one token": (shared, "GS", {}),
-        "one marker, key convolution of 2": (shared, "GS", dict(key_conv_width=2)),
-        "one marker, key convolution of 4": (shared, "GS", dict(key_conv_width=4)),
-        "one marker, window before the memory": (shared, "SG", {}),
-    }
-    arms = []
-    for name, (task, pattern, changes) in settings.items():
-        cfg = dataclasses.replace(size.model(pattern, **SHUT), window_size=32, **changes)
-        phase = train.Phase("needles", _needles(size, task, (1, 2, 3, 5)), size.steps)
-        lengths = size.lengths[-1], 4 * size.lengths[-1]
-        tests = tuple((f"{n:,} tokens", dataclasses.replace(task, seq_len=n)) for n in lengths)
-        arms.append(Arm(name, cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials))
-    return arms
-
-
-def penalties(size: Size) -> list[Arm]:
-    """Do penalties on similar keys and on writing help, as the source notes believed? Soft gates, as there."""
-    task = data.MultiNeedle(
-        seq_len=size.lengths[-1], vocab_size=size.vocab_size, n_needles=size.needles[-1], n_markers=size.needles[-1]
-    )
-    part = _needles(size, task, size.needles)
-    lengths = size.lengths[-1], 4 * size.lengths[-1], 16 * size.lengths[-1]
-    tests = tuple((f"{n:,} tokens", dataclasses.replace(task, seq_len=n)) for n in lengths)
-    settings = {
-        "no penalty": {},
-        "keys .1": dict(key_penalty=0.1),
-        "keys .5": dict(key_penalty=0.5),
-        "write .1": dict(write_penalty=0.1),
-        "write .3": dict(write_penalty=0.3),
-        "keys .5, write .3": dict(key_penalty=0.5, write_penalty=0.3),
-    }
-    phases = {name: (train.Phase("needles", part, size.steps),) for name in settings}
-    # Half of the budget each, so that every arm has the same number of steps.
-    half = size.steps // 2
-    for name, more in {"half, then keys .5, slower": dict(key_penalty=0.5), "half, then nothing, slower": {}}.items():
-        slower = train.Phase("slower", part, size.steps - half, lr=size.lr / 3, **more)
-        phases[name], settings[name] = (train.Phase("needles", part, half), slower), {}
-    cfg = size.model("GS")
-    return [Arm(n, cfg, phases[n], size.training(**more), tests, size.trials) for n, more in settings.items()]
-
-
-def ids(size: Size) -> list[Arm]:
-    """Values from a narrow range of ids, which can be learned by heart, or from all: what is left for ids never asked for."""
-    task = data.MultiNeedle(seq_len=size.lengths[-1], vocab_size=size.vocab_size, n_needles=5, n_markers=16)
-    top = task.values[1]
-    seen, fresh = (top - top // 8, top - top // 16), (top - top // 16, top)
-    settings = {"50 ids": (top - top // 16 - 50, top - top // 16), "a sixteenth of the ids": seen, "all ids": None}
-    arms = []
-    for name, span in settings.items():
-        part = _needles(size, dataclasses.replace(task, needle_range=span), (1, 2, 3, 5))
-        asked = {"ids of training": span, "fresh ids": fresh}
-        tests = tuple((test, dataclasses.replace(task, needle_range=chosen)) for test, chosen in asked.items())
-        phase = train.Phase("needles", part, size.steps)
-        arms.append(
-            Arm(name, size.model("GS", **SHUT), (phase,), size.training(write_penalty=0.02), tests, size.trials)
-        )
-    return arms
-
-
-def _text(size: Size, text: data.LanguageModel | None, n_special: int) -> tuple[int, list[data.LanguageModel]]:
-    """Ids that a model needs beside `n_special` markers, and the training and held-out text with as many."""
-    if text is None:
-        return size.vocab_size, []
-    vocab = config.round_up(text.tokenizer.vocab_size + n_special, 64)
-    sides = (dataclasses.replace(text, split=split, vocab_size=vocab) for split in ("train", "validation"))
-    return vocab, list(sides)
-
-
-def counts(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
-    """2 to 64 needles behind markers of their own at the longest length of training, in random ids and in held-out text."""
-    asked = [n for n in (2, 3, 5, 16, 64) if n <= size.asked]
-    vocab, sides = _text(size, text, asked[-1])
-    length = size.lengths[-1]
-    plain = data.MultiNeedle(seq_len=length, vocab_size=vocab, n_needles=1, n_markers=asked[-1])
-    hidden = [dataclasses.replace(plain, haystack=side) for side in sides]
-    phase = train.Phase("needles", _needles(size, plain, (1, *asked), *hidden[:1]), size.steps)
-    tests = [(f"{n} in random ids", dataclasses.replace(plain, n_needles=n)) for n in asked]
-    tests += [(f"{n} in text", dataclasses.replace(task, n_needles=n)) for task in hidden[1:] for n in asked]
-    cfg = dataclasses.replace(size.model("GS", **SHUT), vocab_size=vocab, value_dim=2 * size.width)
-    return [Arm("hybrid", cfg, (phase,), size.training(write_penalty=0.02), tuple(tests), size.trials)]
-
-
-def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
-    """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; two layers of memory, for the hops."""
-    vocab, sides = _text(size, text, 33)
-    sides = sides or [None, None]
-    at = lambda length, side: ruler.suite(length, vocab, haystack=side)  # noqa: E731
-    names = list(at(size.lengths[-1], None))
-    parts = [
-        train.Part(tuple(at(length, sides[0])[name] for length in size.lengths), tokens=size.tokens // 8, name=name)
-        for name in names
-    ]
-    phase = train.Phase("ruler", tuple(parts), size.steps)
-    tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
-    cfg = dataclasses.replace(size.model("GSGS", **SHUT), vocab_size=vocab, value_dim=2 * size.width)
-    return [Arm("hybrid, GSGS", cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials)]
-
-
-def language(
-    size: Size, text: data.LanguageModel, *, weights: Iterable[float] = (0.0, 0.05, 0.2, 0.5, 1.0)
-) -> list[Arm]:
-    """Language modelling with five needles beside it, by the weight of their loss; every arm sees the same text.
-
-    Soft gates that forget over 2,000 tokens beside gates that can be shut: does language keep them open? And two window
-    layers without a memory, on language alone: what is a memory worth to it?
-    """
-    vocab, (seen, held_out) = _text(size, text, 16)
-    length = size.lengths[-1]
-    seen, held_out = (dataclasses.replace(side, seq_len=length) for side in (seen, held_out))
-    plain = data.MultiNeedle(seq_len=length, vocab_size=vocab, n_needles=5, n_markers=16)
-    hidden = [dataclasses.replace(plain, haystack=side) for side in (seen, held_out)]
-    words = train.Part(seen, tokens=size.tokens, name="language")
-    tests = (("language", held_out), ("five in random ids", plain), ("five in text", hidden[1]))
-    arms = []
-    weights = list(weights)
-    gates = ("soft gates", {}, {}, weights), ("gates that can shut", SHUT, dict(write_penalty=0.02), weights[::3])
-    for gate, changes, more, chosen in gates:
-        cfg = dataclasses.replace(size.model("GS", **changes), vocab_size=vocab, value_dim=2 * size.width)
-        half = dataclasses.replace(size, tokens=size.tokens // 2)
-        for weight in chosen:
-            asked = dataclasses.replace(_needles(half, plain, (1, 2, 3, 5), hidden[0]), weight=weight or 1.0)
-            phase = train.Phase("joint", (words, asked) if weight else words, size.steps)
-            name = f"{gate}, weight {weight:g}" if weight else f"{gate}, language alone"
-            arms.append(Arm(name, cfg, (phase,), size.training(**more), tests, size.trials))
-    without = dataclasses.replace(cfg, layer_pattern="SS", use_rope=True)
-    alone = train.Phase("joint", words, size.steps)
-    return [*arms, Arm("no memory, language alone", without, (alone,), size.training(), tests, size.trials)]
-
-
-def order(size: Size, text: data.LanguageModel) -> list[Arm]:
-    """Needles first, language first, or both at once, for the same number of steps on each; and needles before both."""
-    first, *_ = language(size, text, weights=(0.5,))
-    both, (joint,) = first, first.phases
-    words, asked = joint.streams
-    half, slower = max(1, size.steps // 2), size.lr / 3
-    phases = {
-        "both at once": (joint, dataclasses.replace(joint, name="slower", lr=slower)),
-        "needles, then language": (train.Phase("n", asked, size.steps), train.Phase("w", words, size.steps, lr=slower)),
-        "language, then needles": (train.Phase("w", words, size.steps), train.Phase("n", asked, size.steps, lr=slower)),
-        "needles, then both": (train.Phase("n", asked, half), dataclasses.replace(joint, lr=slower)),
-    }
-    phases["both at once"] = tuple(dataclasses.replace(p, steps=half) for p in phases["both at once"])
-    return [dataclasses.replace(both, name=name, phases=chosen) for name, chosen in phases.items()]
-
-
-STUDIES: dict[str, Callable[..., list[Arm]]] = dict(gates=gates, mixers=mixers, keys=keys, penalties=penalties, ids=ids)
-# These take a text besides: `counts` and `ruler` for a haystack, `language` to learn it.
-WITH_TEXT: dict[str, Callable[..., list[Arm]]] = dict(counts=counts, ruler=ruler_tasks, language=language, order=order)
-
 
 # ------------------------------------------------------------------------------------------------ running
 
 
 def run(
-    arms: Iterable[Arm],
+    arms: Iterable[studies.Arm],
     *,
     seeds: Iterable[int] = range(5),
     out: str | Path | None = None,
@@ -421,7 +64,7 @@ def run(
     return pd.DataFrame(rows)
 
 
-def trained(arm: Arm, seed: int, *, device: str = "auto", progress: bool = False, on_log=None):
+def trained(arm: studies.Arm, seed: int, *, device: str = "auto", progress: bool = False, on_log=None):
     """One arm from one seed: (model, rows of its tests, run of train.fit)."""
     cuda = device != "cpu" and torch.cuda.is_available()
     net = model.build(arm.cfg, seed=seed).to("cuda" if cuda else "cpu")
@@ -459,14 +102,20 @@ def _last_loss(fitted: train.Run) -> float:
 def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
     """Mean write strength and log-decay of the first memory layer on rows of `task`; {} without one.
 
-    `shut`: share of tokens at which its write gate is exactly 0 in every head.
+    shut: share of tokens at which its write gate is exactly 0 in every head. For needles also `written`, the mean strength at
+    their markers, and `leak`, that in the haystack: their ratio and the length decide what is left of a needle.
     """
-    tokens = task.sample(4, analysis.fresh(2)).tokens[:, :4096]
-    record = next((r for r in analysis.records(net, tokens) if r["layer"] == "G"), None)
+    batch = task.sample(4, analysis.fresh(2))
+    record = next((r for r in analysis.records(net, batch.tokens[:, :4096]) if r["layer"] == "G"), None)
     if record is None:
         return {}
     beta, g = record["beta"], record["log_decay"]
-    return dict(beta=float(beta.mean()), log_decay=float(g.mean()), shut=float((beta == 0).all(-1).float().mean()))
+    found = dict(beta=float(beta.mean()), log_decay=float(g.mean()), shut=float((beta == 0).all(-1).float().mean()))
+    if isinstance(task, data.NeedleTask):
+        roles = probes.roles(task, batch)[:, :4096].to(beta.device)
+        for name, role in (("written", "marker"), ("leak", "haystack")):
+            found[name] = float(beta[roles == probes.ROLES.index(role)].mean())
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -492,7 +141,7 @@ def load(path: str | Path, study: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def named(rows: pd.DataFrame, arms: Iterable[Arm]) -> pd.DataFrame:
+def named(rows: pd.DataFrame, arms: Iterable[studies.Arm]) -> pd.DataFrame:
     """The rows of these arms, under their names: an arm that another study or name has trained already is not trained again."""
     names = {arm.key: arm.name for arm in arms}
     rows = rows[rows["key"].isin(names)].drop_duplicates(["key", "seed", "test"]) if len(rows) else rows
@@ -615,11 +264,26 @@ def by_test(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def inside(rows: pd.DataFrame) -> pd.DataFrame:
-    """What the first memory layer of each arm does on its first test: mean over seeds of the write strength and of the share of
-    tokens at which every head writes nothing, and the half-life in tokens of the mean log-decay (inf: nothing decays)."""
-    means = rows.drop_duplicates(["arm", "seed"]).groupby("arm", sort=False)[["beta", "shut", "log_decay"]].mean()
+    """What the first memory layer of each arm does on its first test: means over seeds of the write strength, at markers and in
+    the haystack where that is known, of the share of tokens at which every head writes nothing, and the half-life in tokens of
+    the mean log-decay (inf: nothing decays)."""
+    names = {"beta": "write strength", "written": "at markers", "leak": "in the haystack", "shut": "writes nothing"}
+    names = {column: name for column, name in names.items() if column in rows}
+    means = rows.drop_duplicates(["arm", "seed"]).groupby("arm", sort=False)[[*names, "log_decay"]].mean()
     half = [math.log(0.5) / g if g < 0 else math.inf for g in means.pop("log_decay")]
-    return means.rename(columns={"beta": "write strength", "shut": "writes nothing"}).assign(**{"half-life": half})
+    return means.rename(columns=names).assign(**{"half-life": half})
+
+
+def retention(rows: pd.DataFrame, width: int) -> pd.DataFrame:
+    """What should be left of a needle after a row of each length, beside what was answered: one line per arm, seed and test.
+
+    kept: (1 - leak / width)^length e^(log_decay length), the expected amplitude after `length` writes of strength `leak` on
+    random unit keys of `width` numbers (each takes away its strength times a squared cosine, whose mean is 1 / width) and as
+    many decays. Rows without `leak` are left out.
+    """
+    known = rows.dropna(subset=["leak", "accuracy"]) if "leak" in rows else rows.iloc[:0]
+    kept = [math.exp(r.length * (math.log1p(-r.leak / width) + r.log_decay)) for r in known.itertuples()]
+    return known.reindex(columns=["arm", "seed", "test", "length", "leak", "accuracy"]).assign(kept=kept)
 
 
 def beside(live: pd.DataFrame, rows: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
@@ -679,7 +343,7 @@ def of_mixers(rows: pd.DataFrame) -> pd.DataFrame:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=(*STUDIES, *WITH_TEXT))
+    parser.add_argument("study", choices=(*studies.STUDIES, *studies.WITH_TEXT))
     parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated")
     parser.add_argument("--arms", default="", help="only arms whose name holds one of these words, separated by ;")
     parser.add_argument("--out", default="results/recall.jsonl")
@@ -687,13 +351,19 @@ def main(arguments=None):
     why = "mixers: at every width with the best of the rates that this file holds for the middle one"
     parser.add_argument("--rates-of", help=why)
     args = parser.parse_args(arguments)
-    size = SMOKE if args.smoke else SIZES.get(args.study, FULL)
+    size = studies.SMOKE if args.smoke else studies.SIZES.get(args.study, studies.FULL)
     if args.rates_of:
         if args.study != "mixers":
             parser.error(f"--rates-of belongs to mixers, not to {args.study}")
-        arms = mixers(size, rates=best_rates(load(args.rates_of, "mixers"), mixers(size)[0].tests[0][0]))
+        arms = studies.mixers(
+            size, rates=best_rates(load(args.rates_of, "mixers"), studies.mixers(size)[0].tests[0][0])
+        )
     else:
-        arms = STUDIES[args.study](size) if args.study in STUDIES else WITH_TEXT[args.study](size, text(size))
+        arms = (
+            studies.STUDIES[args.study](size)
+            if args.study in studies.STUDIES
+            else studies.WITH_TEXT[args.study](size, studies.text(size))
+        )
     if args.arms:
         arms = [arm for arm in arms if any(word in arm.name for word in args.arms.split(";"))]
     for arm in arms:

@@ -1,6 +1,7 @@
 """Tasks, corpora, tokenizers, test sets: chance lines, floors and oracles are checked against the rows themselves."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -662,6 +663,138 @@ def test_offline_without_sources_is_an_oserror(monkeypatch, tmp_path):
         data.corpus("offline")
 
 
+@pytest.fixture
+def site_packages(monkeypatch, tmp_path):
+    """Writes sources into folders that stand for purelib and platlib; data.corpus("packages") then reads those."""
+    folders = {kind: tmp_path / kind for kind in ("purelib", "platlib")}
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {kind: str(path) for kind, path in folders.items()})
+
+    def write(kind, sources):
+        for name, source in sources.items():
+            file = folders[kind] / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(source if isinstance(source, bytes) else source.encode())
+
+    return write
+
+
+def words(topic, size=2000):
+    """`size` characters on a topic."""
+    return f"{topic} {'and ' * size}"[: size - 1] + "."
+
+
+def module(topic, size=2000, code=""):
+    return f"'{words(topic, size)}'\n{code}"
+
+
+def test_packages_are_documents_by_name_and_run_nothing(site_packages):
+    fit = "class {}:\n    def fit(self):\n        'Fit, as every model does.'\n"
+    kept = {
+        "two/__init__.py": module("two", code="raise SystemExit('imported')\n" + fit.format("Two")),
+        "two/deep/er/m.py": "class C:\n    'The C.'\n    def fit(self):\n        'Its own.'\n",
+        "two/a.py": "'Before deep.'\nx = 1\n",
+        "one/__init__.py": module("one", code=fit.format("One") + fit.format("Again")),
+        "one/again.py": module("one", code="def f():\n    'The f.'\n"),
+        "six.py": module("six"),
+    }
+    left_out = {
+        "one/tests/test_one.py": module("a test"),
+        "test/__init__.py": module("a package of tests"),
+        "one/_vendor/other.py": module("a copy of another package"),
+        "one/__pycache__/old.py": module("a leftover"),
+        "one-1.0.dist-info/license.py": module("no package"),
+        "~ne/__init__.py": module("the remains of an upgrade"),
+        "one/broken.py": module("a syntax error", code="def (:\n"),
+        "one/latin.py": module("caf\xe9").encode("latin-1"),
+        "one/null.py": module("a null byte", code="x = '\0'\n"),
+        "one/notes.txt": module("not Python"),
+        "one/folder.py/notes.txt": "a folder that is named like a module",
+    }
+    site_packages("purelib", left_out | kept)
+    documents = data.corpus("packages", quiet=True).documents
+    assert documents == (
+        f"{words('one')}\n\nOne.fit\nFit, as every model does.\n\nf\nThe f.\n",
+        f"{words('six')}\n",
+        f"{words('two')}\n\nBefore deep.\n\nC\nThe C.\n\nC.fit\nIts own.\n",
+    )
+    assert data.corpus("packages", max_bytes=2500, quiet=True).documents == documents[:2]
+
+
+def test_large_packages_are_divided_and_small_ones_left_out(site_packages):
+    site_packages(
+        "purelib",
+        {
+            "big/__init__.py": module("big"),
+            "big/nn/__init__.py": module("big.nn", 600_000),
+            "big/nn/modules/m.py": module("big.nn.modules", 300_000),
+            "big/few/__init__.py": module("big.few", 1000),  # too little for a document of its own
+            "big/optim/sgd.py": module("big.optim", 100_000),
+            "big/solo.py": module("big.solo", 3000),
+            # A newline ends each text: these are a million characters, the most that stays whole, ...
+            "edge/a/m.py": module("edge.a", 499_999),
+            "edge/b/m.py": module("edge.b", 499_999),
+            "least.py": module("least", 1999),  # ... 2,000, the fewest that are kept, ...
+            "less.py": module("less", 1998),  # ... and one fewer.
+        },
+    )
+    assert [document.split("and")[0] for document in data.corpus("packages", quiet=True).documents] == [
+        "big ", "big.nn ", "big.optim ", "edge.a ", "least "
+    ]  # fmt: skip
+    big, nn, optim, edge, least = data.corpus("packages", quiet=True).documents
+    assert big == f"{words('big')}\n\n{words('big.solo', 3000)}\n"
+    assert nn == f"{words('big.nn', 600_000)}\n\n{words('big.nn.modules', 300_000)}\n"
+    assert edge == f"{words('edge.a', 499_999)}\n\n{words('edge.b', 499_999)}\n"
+
+
+def test_packages_in_purelib_and_platlib(site_packages, monkeypatch, tmp_path):
+    site_packages("purelib", {"pure.py": module("pure"), "both/a.py": module("a"), "both/c.py": module("c")})
+    site_packages("platlib", {"plat.py": module("plat"), "both/b.py": module("b")})
+    both = "\n".join(f"{words(letter)}\n" for letter in "abc")
+    expected = (both, f"{words('plat')}\n", f"{words('pure')}\n")
+    assert data.corpus("packages", quiet=True).documents == expected
+    # Two names of one folder, as lib64 is of lib in many environments.
+    (tmp_path / "lib64").symlink_to(tmp_path / "purelib")
+    paths = {"purelib": str(tmp_path / "purelib"), "platlib": str(tmp_path / "lib64")}
+    parsed = []
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(data, "_parse", lambda file, parse=data._parse: parsed.append(file.name) or parse(file))
+    assert len(data.corpus("packages", quiet=True).documents) == 2 and parsed == ["a.py", "c.py", "pure.py"]
+
+
+def test_packages_hold_what_utf8_can(site_packages):
+    site_packages("purelib", {"half.py": f"'{words('half')} \\ud83d \xe9'"})
+    loaded = data.corpus("packages", quiet=True)
+    assert loaded.documents == (f"{words('half')} ? \xe9\n",) and loaded.n_bytes == 2006
+
+
+def test_no_packages_is_an_error(site_packages, tmp_path):
+    with pytest.raises(OSError, match=f"no packages in {tmp_path}/purelib or {tmp_path}/platlib"):
+        data.corpus("packages")
+    site_packages("purelib", {"tiny.py": "'Not much.'", "one-1.0.dist-info/METADATA": "Name: one"})
+    with pytest.raises(ValueError, match="no text"):
+        data.corpus("packages")
+
+
+def test_installed_packages_are_english(capsys):
+    """The first packages of this environment: all of them take half a minute."""
+    loaded = data.corpus("packages", max_bytes=50_000)
+    everything = "\n".join(loaded.documents)
+    assert capsys.readouterr().out.startswith("corpus packages: ") and loaded.n_bytes >= 50_000
+    assert everything.lower().count(" the ") > len(everything) / 1000  # words, not code
+
+
+def test_parsing_leaves_garbage_collection_as_it_was(tmp_path):
+    (tmp_path / "good.py").write_text("x = 1")
+    (tmp_path / "bad.py").write_text("def (:")
+    for switch, on in ((gc.disable, False), (gc.enable, True)):
+        switch()
+        try:
+            found = [(data._parse(tmp_path / name) is not None, gc.isenabled()) for name in ("good.py", "bad.py")]
+        finally:
+            gc.enable()
+        assert found == [(True, on), (False, on)]
+
+
 def test_corpus_from_file_and_folder(tmp_path, capsys):
     for name, body in (("b.txt", "second"), ("a.txt", "first é"), ("notes.md", "not text")):
         (tmp_path / name).write_text(body, encoding="utf-8")
@@ -678,7 +811,7 @@ def test_corpus_from_file_and_folder(tmp_path, capsys):
 
 
 def test_corpus_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'offline'"):
+    with pytest.raises(FileNotFoundError, match="'wikitext-103', 'pile', 'offline', 'packages', or the path"):
         data.corpus("wikitext-104")
     with pytest.raises(ValueError, match=r"no \.txt"):
         data.corpus(tmp_path)
@@ -750,7 +883,7 @@ def test_unreachable_hub_is_an_oserror(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Salesforce/wikitext" in done.stdout and "EleutherAI/the_pile_deduplicated" in done.stdout
-    assert done.stdout.count("'offline' or the path") == 2 and "use 'bytes'" in done.stdout
+    assert done.stdout.count("'offline', 'packages' or the path") == 2 and "use 'bytes'" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 import scipy.stats
+import torch
 
 import analysis
 import audit
@@ -14,8 +15,9 @@ import config
 import data
 import model
 import recall
+import studies
 
-TINY = recall.Size(
+TINY = studies.Size(
     d_model=16, n_heads=2, width=8, vocab_size=64, lengths=(16, 32), needles=(1, 2), tokens=64, steps=3,
     far=(32, 64), furthest=128,
     asked=3, widths=(16, 32), mqar=(32, 4), mqar_far=(64, 8), trials=20,
@@ -27,22 +29,22 @@ def cpu(monkeypatch):
     monkeypatch.setattr(recall.torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("size", [TINY, recall.SMOKE, recall.FULL], ids=["tiny", "smoke", "full"])
+@pytest.mark.parametrize("size", [TINY, studies.SMOKE, studies.FULL], ids=["tiny", "smoke", "full"])
 def test_arms_of_a_study_are_all_different(size):
-    rates = dict.fromkeys(recall.MIXERS, 1e-3)
+    rates = dict.fromkeys(studies.MIXERS, 1e-3)
     for arms in (
-        recall.gates(size),
-        recall.gates(size, patterns=("G", "GSGS")),
-        recall.mixers(size),
-        recall.mixers(size, rates=rates),
+        studies.gates(size),
+        studies.gates(size, patterns=("G", "GSGS")),
+        studies.mixers(size),
+        studies.mixers(size, rates=rates),
     ):
         assert len({arm.name for arm in arms}) == len({arm.key for arm in arms}) == len(arms)
-    assert len(recall.mixers(size)) == len(recall.MIXERS) * len(recall.RATES)
-    assert len(recall.mixers(size, rates=rates)) == len(recall.MIXERS) * len(size.widths)
+    assert len(studies.mixers(size)) == len(studies.MIXERS) * len(studies.RATES)
+    assert len(studies.mixers(size, rates=rates)) == len(studies.MIXERS) * len(size.widths)
 
 
 def test_the_key_of_an_arm_follows_every_setting_but_its_name():
-    arm = recall.gates(TINY)[0]
+    arm = studies.gates(TINY)[0]
     assert dataclasses.replace(arm, name="other").key == arm.key
     task = arm.tests[0][1]
     changes = [
@@ -57,7 +59,7 @@ def test_the_key_of_an_arm_follows_every_setting_but_its_name():
 
 
 def test_mixers_differ_in_what_they_compute():
-    arms = [arm for arm in recall.mixers(TINY) if arm.training.lr == recall.RATES[0]]
+    arms = [arm for arm in studies.mixers(TINY) if arm.training.lr == studies.RATES[0]]
     nets = {arm.name: model.build(arm.cfg) for arm in arms if "penalty" not in arm.name}
     tokens = arms[0].tests[0][1].sample(4, analysis.fresh(0)).tokens
     outputs = [net(tokens).logits for net in nets.values()]
@@ -67,7 +69,7 @@ def test_mixers_differ_in_what_they_compute():
 
 
 def test_rows_are_kept_and_nothing_is_trained_twice(tmp_path, cpu, monkeypatch):
-    path, arms = tmp_path / "rows.jsonl", recall.gates(TINY)[:2]
+    path, arms = tmp_path / "rows.jsonl", studies.gates(TINY)[:2]
     rows = recall.run(arms, seeds=(0, 1), out=path, study="gates")
     assert len(rows) == 2 * 2 * len(TINY.far) and set(rows["seed"]) == {0, 1}
     assert (rows["trials"] >= TINY.trials).all() and set(rows["length"]) == set(TINY.far)
@@ -92,14 +94,23 @@ def test_rows_are_kept_and_nothing_is_trained_twice(tmp_path, cpu, monkeypatch):
 def test_what_is_said_of_the_memory(cpu):
     cfg = TINY.model(write_gate="hard", decay="none")
     net = model.build(cfg)
-    task = recall.gates(TINY)[0].tests[0][1]
+    task = studies.gates(TINY)[0].tests[0][1]
     with recall.torch.no_grad():
         net.layers[0].write_gate.weight.zero_()
         net.layers[0].write_gate.bias.fill_(-9.0)
-    assert recall.memory_of(net, task) == dict(beta=0.0, log_decay=0.0, shut=1.0)
+    assert recall.memory_of(net, task) == dict(beta=0.0, log_decay=0.0, shut=1.0, leak=0.0, written=0.0)
     with recall.torch.no_grad():
         net.layers[0].write_gate.bias[0] = 9.0
-    assert recall.memory_of(net, task) == dict(beta=0.5, log_decay=0.0, shut=0.0)
+    assert recall.memory_of(net, task) == dict(beta=0.5, log_decay=0.0, shut=0.0, leak=0.5, written=0.5)
+    with recall.torch.no_grad():  # now head 1 alone writes, and only at markers
+        marked = net.layers[0].write_gate.weight
+        net.layers[0].write_gate.bias[0] = -9.0
+        net.embed.weight[:] = 0.0
+        net.embed.weight[task.first_marker :, 0] = 1.0
+        marked[1, 0], net.layers[0].write_gate.bias[1] = 99.0, -9.0
+    found = recall.memory_of(net, task)
+    assert (found["leak"], found["written"]) == (0.0, 0.5) and 0 < found["beta"] < 0.5
+    assert "leak" not in recall.memory_of(net, data.MQAR(seq_len=16, n_pairs=2, vocab_size=64))
     assert recall.memory_of(model.build(TINY.model("S")), task) == {}
 
 
@@ -118,9 +129,9 @@ def test_summaries_are_over_seeds():
 
 
 def test_tables_of_a_study(cpu):
-    rows = recall.run(recall.gates(TINY)[:2], seeds=(0, 1), study="gates")
+    rows = recall.run(studies.gates(TINY)[:2], seeds=(0, 1), study="gates")
     table = recall.by_test(rows)
-    assert list(table.index) == [arm.name for arm in recall.gates(TINY)[:2]]
+    assert list(table.index) == [arm.name for arm in studies.gates(TINY)[:2]]
     assert list(table.columns[:2]) == ["32 tokens", "64 tokens"] and set(table["seeds"]) == {2}
     mean, low, high = recall.summary(rows)[["accuracy", "low", "high"]].iloc[0]
     assert table.iloc[0, 0] == f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
@@ -229,15 +240,14 @@ def test_losses_beside_the_file():
 
 
 TEXT = data.LanguageModel(
-    data.Corpus("articles", tuple(f"Article {i}. " + "word " * 60 for i in range(30))), seq_len=32
+    data.Corpus("articles", tuple(f"Article {i}. " + "word " * 60 for i in range(120))), seq_len=32
 )
 SMALL = dataclasses.replace(TINY, vocab_size=320, lengths=(64, 128), far=(128,), tokens=256, steps=2, asked=3)
 
 
-@pytest.mark.parametrize("study", recall.WITH_TEXT)
+@pytest.mark.parametrize("study", studies.WITH_TEXT)
 def test_studies_with_a_text(study, cpu):
-    size = dataclasses.replace(SMALL, tokens=1024) if study == "ruler" else SMALL
-    arms = recall.WITH_TEXT[study](size, TEXT)
+    arms = studies.WITH_TEXT[study](SMALL, TEXT)
     assert len({arm.key for arm in arms}) == len({arm.name for arm in arms}) == len(arms)
     rows = recall.run(arms[-1:], seeds=(0,), study=study)
     assert len(rows) == len(arms[-1].tests)
@@ -255,14 +265,14 @@ def test_studies_with_a_text(study, cpu):
 @pytest.mark.parametrize("study", ["keys", "penalties", "ids"])
 def test_studies_without_a_text(study, cpu):
     size = dataclasses.replace(SMALL, vocab_size=1100, width=16)
-    arms = recall.STUDIES[study](size)
+    arms = studies.STUDIES[study](size)
     assert len({arm.key for arm in arms}) == len({arm.name for arm in arms}) == len(arms)
     rows = recall.run([arm for arm in arms if "slots" in arm.name or "slower" in arm.name] or arms, seeds=(0,))
     assert rows["accuracy"].notna().all()
 
 
 def test_orders_train_each_part_for_as_many_steps():
-    arms = {arm.name: arm for arm in recall.order(SMALL, TEXT)}
+    arms = {arm.name: arm for arm in studies.order(SMALL, TEXT)}
     for name in ("both at once", "needles, then language", "language, then needles"):
         steps = {}
         for phase in arms[name].phases:
@@ -287,7 +297,7 @@ def test_the_best_rate_of_each_mixer():
 
 
 def test_the_command(tmp_path, cpu, monkeypatch, capsys):
-    monkeypatch.setattr(recall, "SMOKE", TINY)
+    monkeypatch.setattr(studies, "SMOKE", TINY)
     out = tmp_path / "rows.jsonl"
     recall.main(["gates", "--smoke", "--seeds", "0", "--arms", "bias 2;hard decay", "--out", str(out)])
     assert len(out.read_text().splitlines()) == 3 * 2 + 1  # one arm may last
@@ -301,14 +311,31 @@ def test_the_command(tmp_path, cpu, monkeypatch, capsys):
     )
     rows = recall.load(out, "mixers")
     rates = recall.best_rates(rows, "(32, 4)")
-    chosen = recall.named(rows, recall.mixers(TINY, rates=rates))
+    chosen = recall.named(rows, studies.mixers(TINY, rates=rates))
     # The best of the sweep is there already, under a longer name.
     assert set(chosen[chosen["arm"] == "hybrid, d 32"]["lr"]) == {rates["hybrid"]}
     assert set(chosen["arm"].str[-4:]) == {"d 32"} and recall.named(rows[:0], []).empty
 
 
+def test_what_writes_leave_of_a_needle():
+    """Random unit keys written with one strength into a memory that holds a value: the mean of what is read again."""
+    width, strength, length, trials = 16, 0.3, 40, 4000
+    generator = torch.Generator().manual_seed(0)
+    state = torch.zeros(trials, width)
+    state[:, 0] = 1.0  # the value 1 behind the first unit vector
+    for _ in range(length):
+        k = torch.nn.functional.normalize(torch.randn(trials, width, generator=generator), dim=1)
+        state -= strength * k * (k * state).sum(1, keepdim=True)
+    row = dict(arm="a", seed=0, test="40 tokens", length=length, leak=strength, log_decay=0.0, accuracy=1.0)
+    rows = pd.DataFrame([row, row | dict(log_decay=-0.01), row | dict(leak=math.nan)])
+    kept = recall.retention(rows, width)["kept"]
+    low, high = analysis.mean_interval(state[:, 0].numpy(), level=0.999)[1:]
+    assert low < kept[0] < high and kept[1] == pytest.approx(kept[0] * math.exp(-0.4)) and len(kept) == 2
+    assert recall.retention(rows.drop(columns="leak"), width).empty
+
+
 def test_phases_train_at_every_length_and_count():
-    options = recall.gates(recall.FULL)[0].phases[0].streams[0].options
-    assert {t.seq_len for t in options} == set(recall.FULL.lengths)
-    assert {t.n_needles for t in options} == set(recall.FULL.needles)
-    assert isinstance(recall.FULL, config.Settings)
+    options = studies.gates(studies.FULL)[0].phases[0].streams[0].options
+    assert {t.seq_len for t in options} == set(studies.FULL.lengths)
+    assert {t.n_needles for t in options} == set(studies.FULL.needles)
+    assert isinstance(studies.FULL, config.Settings)
