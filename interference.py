@@ -594,3 +594,32 @@ def by_rule(
             rate = analysis.Rate.of(np.concatenate(found).ravel(), np.repeat(np.arange(rows), held))
             lines.append(dict(scenario=scenario, writes=n, rule=rule, chance=1 / candidates, **rate.row()))
     return pd.DataFrame(lines)
+
+
+def by_strength(
+    strengths, n: int, *, K: int, V: int, heads: int, candidates: int, trials: int, seed: int = 0, device="cpu"
+) -> pd.DataFrame:
+    """Recall of n values after one pass, by write strength: what random keys allow a layer of `heads` memories of K x V.
+
+    Every head has keys of its own and holds V numbers of each value; the answer is the candidate, of values of one length in
+    random directions, with the largest product with what all heads return. strengths: from 0 to 1, 0 being the limit in which
+    nothing is erased, the Hebbian sum. trials: reads per line, at least. Columns: strength, writes, chance, and those of
+    `analysis.Rate`.
+    """
+    if n > candidates:
+        raise ValueError(f"candidates = {candidates}: fewer than the {n} values that are written")
+    gen, lines = torch.Generator().manual_seed(seed), []
+    rows = max(10, -(-trials // n))
+    pool = F.normalize(random_values(1, candidates, heads * V, generator=gen)[0], dim=-1)
+    answers = torch.rand(rows, candidates, generator=gen).argsort(-1)[:, :n]
+    values = pool[answers].split(V, dim=-1)
+    keys = [random_keys(rows, n, K, generator=gen) for _ in range(heads)]
+    pool, answers, *inputs = (x.to(device) for x in (pool, answers, *values, *keys))
+    values, keys = inputs[:heads], inputs[heads:]
+    for strength in strengths:
+        states = [write(k, v, beta=strength) if strength else hebbian(k, v) for k, v in zip(keys, values, strict=True)]
+        got = torch.cat([read(state, k) for state, k in zip(states, keys, strict=True)], dim=-1)
+        correct = ((got @ pool.mT).argmax(-1) == answers).cpu().numpy()
+        rate = analysis.Rate.of(correct.ravel(), np.repeat(np.arange(rows), n))
+        lines.append(dict(strength=strength, writes=n, chance=1 / candidates, **rate.row()))
+    return pd.DataFrame(lines)

@@ -134,17 +134,20 @@ def accuracies(
     log: bool = False,
     by: str | None = None,
     mark: tuple[float, str] | None = None,
+    lines: bool = True,
 ) -> Figure:
     """Accuracy with its interval against a number: length, distance, needles. `by` gives one line per value of a column.
 
-    table: columns x, accuracy, low, high. mark: (x, text) draws a vertical line, such as the training length.
+    table: columns x, accuracy, low, high. mark: (x, text) draws a vertical line, such as the training length. lines: connect
+    the points of a group.
     """
     _require_columns(table, "table", [x, "accuracy", "low", "high", *([by] if by else [])])
     fig, (ax,) = _new()
     groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
     for name, part in groups:
         gap = _whiskers(part, "accuracy")
-        ax.errorbar(part[x], part["accuracy"], yerr=gap, marker="o", ms=4, capsize=3, label=str(name) or None)
+        drawn = dict(marker="o", ms=4, capsize=3, ls="-" if lines else "", label=str(name) or None)
+        ax.errorbar(part[x], part["accuracy"], yerr=gap, **drawn)
     if chance is not None:
         ax.axhline(chance, color="0.4", ls="--", lw=1, label=f"chance {percent(chance)}")
     if mark is not None:

@@ -103,7 +103,8 @@ def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
     """Mean write strength and log-decay of the first memory layer on rows of `task`; {} without one.
 
     shut: share of tokens at which its write gate is exactly 0 in every head. For needles also `written`, the mean strength at
-    their markers, and `leak`, that in the haystack: their ratio and the length decide what is left of a needle.
+    their markers, `leak`, that in the haystack, and `erased`, the share of a needle that one token of haystack takes away: the
+    mean of its strength times the squared cosine of its key and the marker's.
     """
     batch = task.sample(4, analysis.fresh(2))
     record = next((r for r in analysis.records(net, batch.tokens[:, :4096]) if r["layer"] == "G"), None)
@@ -113,8 +114,12 @@ def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
     found = dict(beta=float(beta.mean()), log_decay=float(g.mean()), shut=float((beta == 0).all(-1).float().mean()))
     if isinstance(task, data.NeedleTask):
         roles = probes.roles(task, batch)[:, :4096].to(beta.device)
-        for name, role in (("written", "marker"), ("leak", "haystack")):
-            found[name] = float(beta[roles == probes.ROLES.index(role)].mean())
+        marked, hay = (roles == probes.ROLES.index(role) for role in ("marker", "haystack"))
+        found |= dict(written=float(beta[marked].mean()), leak=float(beta[hay].mean()))
+        keys, beta = record["keys"].double(), beta.double()
+        # E beta k k^T over the haystack, then what it takes from a marker's key.
+        taken = torch.einsum("nh,nhk,nhl->hkl", beta[hay], keys[hay], keys[hay]) / hay.sum()
+        found["erased"] = float(torch.einsum("nhk,hkl,nhl->nh", keys[marked], taken, keys[marked]).mean())
     return found
 
 
@@ -151,14 +156,17 @@ def named(rows: pd.DataFrame, arms: Iterable[studies.Arm]) -> pd.DataFrame:
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean accuracy of each arm and test over seeds with its 95% interval, and the fewest trials of a seed.
 
-    Two seeds or more: Student's t over them. One: Wilson's interval of its trials, and the table says so by `seeds`. Tests of
-    language are left to `losses`.
+    Two seeds or more: Student's t over them, widened to Wilson's interval of all their trials where that reaches further, since
+    five seeds that are all at 100% do not make it certain. One: Wilson's interval of its trials, and the table says so by
+    `seeds`. Tests of language are left to `losses`.
     """
     table = []
     for (arm, test), part in rows.dropna(subset="accuracy").groupby(["arm", "test"], sort=False):
         if len(part) > 1:
             mean, low, high = analysis.mean_interval(part["accuracy"])
-            low, high = max(low, 0.0), min(high, 1.0)
+            right = (part["accuracy"] * part["trials"]).round().sum()
+            pooled = analysis.Rate(int(right), int(part["trials"].sum()))
+            low, high = max(min(low, pooled.low), 0.0), min(max(high, pooled.high), 1.0)
         else:
             mean, low, high = part[["accuracy", "low", "high"]].iloc[0]
         line = dict(arm=arm, test=test, length=int(part["length"].iloc[0]), accuracy=mean, low=low, high=high)
@@ -268,22 +276,23 @@ def inside(rows: pd.DataFrame) -> pd.DataFrame:
     the haystack where that is known, of the share of tokens at which every head writes nothing, and the half-life in tokens of
     the mean log-decay (inf: nothing decays)."""
     names = {"beta": "write strength", "written": "at markers", "leak": "in the haystack", "shut": "writes nothing"}
+    names["erased"] = "erased by a token"
     names = {column: name for column, name in names.items() if column in rows}
     means = rows.drop_duplicates(["arm", "seed"]).groupby("arm", sort=False)[[*names, "log_decay"]].mean()
     half = [math.log(0.5) / g if g < 0 else math.inf for g in means.pop("log_decay")]
     return means.rename(columns=names).assign(**{"half-life": half})
 
 
-def retention(rows: pd.DataFrame, width: int) -> pd.DataFrame:
+def retention(rows: pd.DataFrame) -> pd.DataFrame:
     """What should be left of a needle after a row of each length, beside what was answered: one line per arm, seed and test.
 
-    kept: (1 - leak / width)^length e^(log_decay length), the expected amplitude after `length` writes of strength `leak` on
-    random unit keys of `width` numbers (each takes away its strength times a squared cosine, whose mean is 1 / width) and as
-    many decays. Rows without `leak` are left out.
+    kept: (1 - erased)^length e^(log_decay length), the amplitude expected after as many tokens of haystack and decays. Rows
+    without `erased` are left out.
     """
-    known = rows.dropna(subset=["leak", "accuracy"]) if "leak" in rows else rows.iloc[:0]
-    kept = [math.exp(r.length * (math.log1p(-r.leak / width) + r.log_decay)) for r in known.itertuples()]
-    return known.reindex(columns=["arm", "seed", "test", "length", "leak", "accuracy"]).assign(kept=kept)
+    known = rows.dropna(subset=["erased", "accuracy"]) if "erased" in rows else rows.iloc[:0]
+    kept = [math.exp(r.length * (math.log1p(-r.erased) + r.log_decay)) for r in known.itertuples()]
+    columns = ["arm", "seed", "test", "length", "erased", "accuracy", "low", "high"]
+    return known.reindex(columns=columns).assign(kept=kept)
 
 
 def beside(live: pd.DataFrame, rows: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:

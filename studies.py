@@ -152,18 +152,25 @@ MIXERS = {  # two layers each, at most 2 heads; every recurrent one with the shi
     "DeltaNet": dict(layer_pattern="GG", decay="none", beta_bias=-4.0),
     "gated delta, Mamba-style decay": dict(layer_pattern="GG", decay="mamba", beta_bias=-4.0),
     "hybrid": dict(layer_pattern="GS", decay="none", beta_bias=-4.0, use_rope=True),
-    "hybrid, write penalty": dict(layer_pattern="GS", decay="none", beta_bias=-4.0, use_rope=True),
+    # Begins with writes of clamp(1.2 sigmoid(-2) - .1) = .04: weak ones erase little of what lies beside them.
+    "hybrid, hard write, penalty": dict(
+        layer_pattern="GS", decay="none", write_gate="hard", beta_bias=-2.0, use_rope=True
+    ),
 }
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | None = None) -> list[Arm]:
-    """Multi-query associative recall for every mixer: at one width with each of RATES, or at all widths at chosen `rates`."""
+    """Multi-query associative recall for every mixer: at one width with each of RATES, or at all widths at chosen `rates`.
+
+    Trained with both fillers of the published task, zeros and random ids, asked with zeros.
+    """
     length, pairs = size.mqar
     task = data.MQAR(seq_len=length, vocab_size=size.vocab_size, n_pairs=pairs)
     shorter = [dataclasses.replace(task, seq_len=length // n, n_pairs=max(1, pairs // n)) for n in (4, 2)]
     fewer = dataclasses.replace(task, n_pairs=max(1, pairs // 4))
-    part = train.Part((*shorter, fewer, task), tokens=size.tokens, name="mqar")
+    every = [dataclasses.replace(t, filler=f) for t in (*shorter, fewer, task) for f in ("zero", "random")]
+    part = train.Part(tuple(every), tokens=size.tokens, name="mqar")
     phases = (train.Phase("mqar", part, size.steps),)
     far, more = size.mqar_far
     tests = [dataclasses.replace(task, seq_len=n, n_pairs=p) for n, p in ((length, pairs), (far, pairs), (far, more))]
@@ -181,7 +188,9 @@ def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | No
     return arms
 
 
-SHUT = dict(decay="none", write_gate="hard")  # gates that can be exactly shut, and nothing that forgets
+# Gates that can be exactly shut, and nothing that forgets: by a clamp, and by one whose gradient is a sigmoid's.
+SHUT = dict(decay="none", write_gate="hard")
+STRAIGHT = dict(decay="none", write_gate="straight")
 
 
 def text(size: Size) -> data.LanguageModel:
@@ -346,7 +355,7 @@ def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]
     every = tuple(task for length in size.lengths for task in at(length, sides[0]).values())
     phase = train.Phase("ruler", train.Part(every, tokens=size.tokens, name="ruler"), size.steps)
     tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
-    cfg = dataclasses.replace(size.model("GSGS", **SHUT), vocab_size=vocab, value_dim=2 * size.width)
+    cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), vocab_size=vocab, value_dim=2 * size.width)
     return [Arm("hybrid, GSGS", cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials)]
 
 
@@ -355,7 +364,7 @@ def language(
 ) -> list[Arm]:
     """Language modelling with five needles beside it, by the weight of their loss; every arm sees the same text.
 
-    Soft gates that forget over 2,000 tokens beside gates that can be shut: does language keep them open? And two window
+    Soft gates that forget over 2,000 tokens beside two kinds that can be shut: does language keep them open? And two window
     layers without a memory, on language alone: what is a memory worth to it?
     """
     vocab, (seen, held_out) = _text(size, text, 16)
@@ -369,7 +378,12 @@ def language(
     tests += ((f"five in text, {far.seq_len:,} tokens", far),)
     arms = []
     weights = list(weights)
-    gates = ("soft gates", {}, {}, weights), ("gates that can shut", SHUT, dict(write_penalty=0.02), weights[::3])
+    pressed, few = dict(write_penalty=0.02), weights[::3]
+    gates = (
+        ("soft gates", {}, {}, weights),
+        ("gates that can shut", SHUT, pressed, few),
+        ("straight-through gates", STRAIGHT, pressed, few),
+    )
     for gate, changes, more, chosen in gates:
         cfg = dataclasses.replace(size.model("GS", **changes), vocab_size=vocab, value_dim=2 * size.width)
         half = dataclasses.replace(size, tokens=size.tokens // 2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import core
 import interference
 import mixers
 
@@ -367,3 +368,32 @@ def test_recall_is_that_of_a_search_through_all_candidates():
     assert float(searched) == pytest.approx(table.set_index("rule").loc["delta", "accuracy"], abs=0.02)
     with pytest.raises(ValueError, match="fewer than the 6"):
         interference.by_rule("distinct random keys", [6], K=8, V=4, candidates=5, trials=10)
+
+
+def test_recall_by_write_strength():
+    """Few orthogonal-like keys are all kept; many are kept by weak writes and lost by full ones; two heads keep more than one."""
+    run = dict(K=16, V=16, candidates=256, trials=2000)
+    few = interference.by_strength((0.0, 0.03, 1.0), 2, heads=2, **run)
+    assert (few["accuracy"] > 0.97).all() and (few["chance"] == 1 / 256).all() and (few["trials"] >= 2000).all()
+    many = interference.by_strength((0.0, 0.03, 1.0), 32, heads=2, **run)["accuracy"]
+    assert many[0] == pytest.approx(many[1], abs=0.03) and many[2] < many[0] - 0.3
+    assert interference.by_strength((0.03,), 32, heads=1, **run)["accuracy"][0] < many[1] - 0.1
+    # One head, one pair: nothing interferes, whatever the strength.
+    assert interference.by_strength((0.0, 0.2, 1.0), 1, heads=1, **run)["accuracy"].eq(1).all()
+    with pytest.raises(ValueError, match="fewer than the 300"):
+        interference.by_strength((0.0,), 300, heads=1, **run)
+
+
+def test_recall_by_write_strength_is_that_of_the_token_loop():
+    """The same keys and values through `core.delta_rule`'s reference, one step at a time, answer the same."""
+    found = interference.by_strength((0.3,), 12, K=8, V=8, heads=2, candidates=64, trials=600, seed=3)
+    gen, rows = generator(3), 50
+    pool = torch.nn.functional.normalize(interference.random_values(1, 64, 16, generator=gen)[0], dim=-1)
+    answers = torch.rand(rows, 64, generator=gen).argsort(-1)[:, :12]
+    values = pool[answers].view(rows, 12, 2, 8)
+    keys = torch.stack([interference.random_keys(rows, 12, 8, generator=gen) for _ in range(2)], dim=2)
+    gates = torch.full(keys.shape[:3], 0.3, dtype=keys.dtype)
+    state = core.delta_rule(keys, keys, values, gates, torch.zeros_like(gates), impl="reference").state
+    got = torch.einsum("rnhk,rhkv->rnhv", keys, state).flatten(2)
+    right = ((got @ pool.mT).argmax(-1) == answers).double().mean()
+    assert found["accuracy"][0] == pytest.approx(float(right)) and found["trials"][0] == 600

@@ -98,10 +98,18 @@ def test_what_is_said_of_the_memory(cpu):
     with recall.torch.no_grad():
         net.layers[0].write_gate.weight.zero_()
         net.layers[0].write_gate.bias.fill_(-9.0)
-    assert recall.memory_of(net, task) == dict(beta=0.0, log_decay=0.0, shut=1.0, leak=0.0, written=0.0)
+    assert recall.memory_of(net, task) == dict(beta=0.0, log_decay=0.0, shut=1.0, leak=0.0, written=0.0, erased=0.0)
     with recall.torch.no_grad():
         net.layers[0].write_gate.bias[0] = 9.0
-    assert recall.memory_of(net, task) == dict(beta=0.5, log_decay=0.0, shut=0.0, leak=0.5, written=0.5)
+    found = recall.memory_of(net, task)
+    batch = task.sample(4, analysis.fresh(2))
+    keys = next(r for r in analysis.records(net, batch.tokens) if r["layer"] == "G")["keys"][
+        :, :, 0
+    ]  # head 0 alone writes
+    roles = recall.probes.roles(task, batch)
+    marked, hay = keys[roles == 1], keys[roles == 0]
+    assert found.pop("erased") == pytest.approx(float((marked @ hay.mT).square().mean() / 2))
+    assert found == dict(beta=0.5, log_decay=0.0, shut=0.0, leak=0.5, written=0.5)
     with recall.torch.no_grad():  # now head 1 alone writes, and only at markers
         marked = net.layers[0].write_gate.weight
         net.layers[0].write_gate.bias[0] = -9.0
@@ -126,6 +134,8 @@ def test_summaries_are_over_seeds():
     mean, low, high = analysis.mean_interval([1.0, 0.9, 0.8])
     assert table.loc["a", ["accuracy", "low", "high", "worst", "seeds"]].tolist() == [mean, low, min(high, 1.0), 0.8, 3]
     assert table.loc["b", ["accuracy", "low", "high", "seeds"]].tolist() == [0.5, 0.4, 0.6, 1]
+    sure = recall.summary(pd.DataFrame(rows_of("a", [1.0] * 5))).iloc[0]
+    assert (sure["low"], sure["high"]) == (analysis.Rate(5000, 5000).low, 1.0) and 0.999 < sure["low"] < 1
 
 
 def test_tables_of_a_study(cpu):
@@ -326,12 +336,13 @@ def test_what_writes_leave_of_a_needle():
     for _ in range(length):
         k = torch.nn.functional.normalize(torch.randn(trials, width, generator=generator), dim=1)
         state -= strength * k * (k * state).sum(1, keepdim=True)
-    row = dict(arm="a", seed=0, test="40 tokens", length=length, leak=strength, log_decay=0.0, accuracy=1.0)
-    rows = pd.DataFrame([row, row | dict(log_decay=-0.01), row | dict(leak=math.nan)])
-    kept = recall.retention(rows, width)["kept"]
+    # A squared cosine of random directions is 1 / width on average.
+    row = dict(arm="a", seed=0, test="40 tokens", length=length, erased=strength / width, log_decay=0.0, accuracy=1.0)
+    rows = pd.DataFrame([row, row | dict(log_decay=-0.01), row | dict(erased=math.nan)])
+    kept = recall.retention(rows)["kept"]
     low, high = analysis.mean_interval(state[:, 0].numpy(), level=0.999)[1:]
     assert low < kept[0] < high and kept[1] == pytest.approx(kept[0] * math.exp(-0.4)) and len(kept) == 2
-    assert recall.retention(rows.drop(columns="leak"), width).empty
+    assert recall.retention(rows.drop(columns="erased")).empty
 
 
 def test_phases_train_at_every_length_and_count():
