@@ -272,7 +272,8 @@ def trade_off(
 def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title: str = "") -> Figure:
     """One bar per row of a table with columns `label`, accuracy, low, high; the interval as a whisker."""
     _require_columns(table, "table", (label, "accuracy", "low", "high"))
-    fig, (ax,) = _new(width=6.0, height=0.9 + 0.42 * max(2, len(table)))
+    longest = table[label].astype(str).str.len().max()
+    fig, (ax,) = _new(width=6.0 + 0.075 * max(0, longest - 20), height=0.9 + 0.42 * max(2, len(table)))
     y = np.arange(len(table))
     gap = _whiskers(table, "accuracy")
     ax.barh(y, table["accuracy"], xerr=gap, capsize=3, height=0.6, color=COLOURS[0], ecolor="0.2")

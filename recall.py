@@ -89,8 +89,10 @@ def trained(arm: studies.Arm, seed: int, *, device: str = "auto", progress: bool
 
 
 def _windows(task: data.LanguageModel, *, rows: int = 96, at_once: int = 4) -> list[data.Batch]:
-    """Consecutive rows of a text, in batches."""
-    windows = task.windows(limit=rows)
+    """Rows of a text at equal distances, in batches: the first ones would be those of its first documents alone."""
+    windows = task.windows()
+    step = max(1, len(windows.tokens) // rows)
+    windows = windows.rows(slice(0, rows * step, step))
     return [windows.rows(slice(i, i + at_once)) for i in range(0, len(windows.tokens), at_once)]
 
 
@@ -104,7 +106,7 @@ def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
 
     shut: share of tokens at which its write gate is exactly 0 in every head. For needles also `written`, the mean strength at
     their markers, `leak`, that in the haystack, and `erased`, the share of a needle that one token of haystack takes away: the
-    mean of its strength times the squared cosine of its key and the marker's.
+    mean of its strength times the squared cosine of its key and the marker's; `similarity`: mean |cosine| of two keys there.
     """
     batch = task.sample(4, analysis.fresh(2))
     record = next((r for r in analysis.records(net, batch.tokens[:, :4096]) if r["layer"] == "G"), None)
@@ -120,6 +122,10 @@ def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
         # E beta k k^T over the haystack, then what it takes from a marker's key.
         taken = torch.einsum("nh,nhk,nhl->hkl", beta[hay], keys[hay], keys[hay]) / hay.sum()
         found["erased"] = float(torch.einsum("nhk,hkl,nhl->nh", keys[marked], taken, keys[marked]).mean())
+        some = keys[hay][:512].transpose(0, 1)  # [H, n, K], unit length
+        cosines = (some @ some.mT).abs()
+        n = some.shape[1]
+        found["similarity"] = float((cosines.sum((1, 2)) - n).mean() / (n * (n - 1)))
     return found
 
 
@@ -201,21 +207,31 @@ def differences(rows: pd.DataFrame, controls: dict[str, str]) -> pd.DataFrame:
     """Accuracy of each arm less that of its control in every test, paired by seed, in points of per cent.
 
     controls: arm -> the arm to compare it with. difference, low, high: mean over the seeds that both have and its 95% t interval;
-    p: of the t-test that it is 0, 1 where all differences are equal, which such a test cannot judge; holm: p after Holm's
-    correction for all lines of the table. Pairs that `rows` does not hold, or with fewer than 2 seeds in common, have no line.
+    p: of the t-test that it is 0; holm: p after Holm's correction for all lines of the table. The standard error is that of the
+    seeds, but never less than what so many answers leave open (at (x + 1) / (n + 2) for x of n right, so that 0 and 100% do too):
+    five seeds at 0 against five at 100% differ, and agree with each other by a ceiling, not by precision. Pairs that `rows` does
+    not hold, or with fewer than 2 seeds in common, have no line.
     """
     table, known = [], rows.dropna(subset="accuracy") if "accuracy" in rows else rows.iloc[:0]
     for test, part in known.groupby("test", sort=False) if len(known) else ():
-        by_arm = part.pivot_table(index="seed", columns="arm", values="accuracy")
+        by_arm = part.pivot_table(index="seed", columns="arm", values=["accuracy", "trials"])
         for arm, than in controls.items():
-            if arm not in by_arm or than not in by_arm:
+            if arm not in by_arm["accuracy"] or than not in by_arm["accuracy"]:
                 continue
-            points = 100 * (by_arm[arm] - by_arm[than]).dropna()
-            if len(points) < 2:
+            both = by_arm.loc[:, [(value, name) for value in ("accuracy", "trials") for name in (arm, than)]].dropna()
+            if len(both) < 2:
                 continue
-            mean, low, high = analysis.mean_interval(points)
-            p = float(stats.ttest_1samp(points, 0).pvalue) if points.nunique() > 1 else 1.0
-            line = dict(arm=arm, than=than, test=test, difference=mean, low=low, high=high, p=p, holm=p)
+            share, trials = both["accuracy"].to_numpy(), both["trials"].to_numpy()
+            points = 100 * (share[:, 0] - share[:, 1])
+            p = (share * trials + 1) / (trials + 2)
+            least = 100 * math.sqrt((p * (1 - p) / trials).sum()) / len(points)
+            error = max(float(points.std(ddof=1)) / math.sqrt(len(points)), least)
+            mean, freedom = float(points.mean()), len(points) - 1
+            reach = error * float(stats.t.ppf(0.975, freedom))
+            p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+            line = dict(
+                arm=arm, than=than, test=test, difference=mean, low=mean - reach, high=mean + reach, p=p, holm=p
+            )
             table.append(line | dict(seeds=len(points)))
     most = 0.0
     for i, line in enumerate(sorted(table, key=lambda line: line["p"])):
@@ -274,11 +290,12 @@ def by_test(rows: pd.DataFrame) -> pd.DataFrame:
 def inside(rows: pd.DataFrame) -> pd.DataFrame:
     """What the first memory layer of each arm does on its first test: means over seeds of the write strength, at markers and in
     the haystack where that is known, of the share of tokens at which every head writes nothing, and the half-life in tokens of
-    the mean log-decay (inf: nothing decays)."""
+    the mean log-decay (inf: nothing decays). Arms without a memory layer have no line."""
     names = {"beta": "write strength", "written": "at markers", "leak": "in the haystack", "shut": "writes nothing"}
-    names["erased"] = "erased by a token"
+    names |= {"erased": "erased by a token", "similarity": "|cosine| of keys"}
     names = {column: name for column, name in names.items() if column in rows}
-    means = rows.drop_duplicates(["arm", "seed"]).groupby("arm", sort=False)[[*names, "log_decay"]].mean()
+    first = rows.dropna(subset="beta").drop_duplicates(["arm", "seed"])
+    means = first.groupby("arm", sort=False)[[*names, "log_decay"]].mean()
     half = [math.log(0.5) / g if g < 0 else math.inf for g in means.pop("log_decay")]
     return means.rename(columns=names).assign(**{"half-life": half})
 

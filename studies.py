@@ -114,6 +114,8 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
         seq_len=size.lengths[0], vocab_size=size.vocab_size, n_needles=1, n_markers=max(size.asked, *size.needles)
     )
     phase = train.Phase("needles", _needles(size, needle, size.needles), size.steps)
+    brief = dataclasses.replace(size, lengths=size.lengths[: len(size.lengths) // 2])  # the source notes' were of 256
+    short = dataclasses.replace(phase, parts=(_needles(brief, needle, size.needles),))
     # 1 at all but a few tokens, and near enough to the edge at 2.4 for a gradient: at a bias of 8 the gate would never move.
     opened = dict(decay="hard", g_bias=2.6)
     hard, straight = (dict(decay="none", write_gate=gate) for gate in ("hard", "straight"))
@@ -135,6 +137,7 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
         "no decay, straight-through write, penalty .002": (straight, dict(write_penalty=0.002)),
         "no decay, straight-through write, penalty": (straight, pressed),
         "hard decay, hard write, penalty": (opened | dict(write_gate="hard"), pressed),
+        f"sigmoid decay, bias 2, rows of {brief.lengths[-1]}": (dict(g_bias=2.0), {}),
     }
     furthest = (f"{size.furthest:,} tokens", dataclasses.replace(tests[-1][1], seq_len=size.furthest))
     arms = []
@@ -142,7 +145,10 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
         for name, (changes, more) in settings.items():
             asked = (*tests, furthest) if more else tests  # without a penalty little is left at the length before
             label = name if pattern == "G" else f"{name}, {pattern}"
-            arms.append(Arm(label, size.model(pattern, **changes), (phase,), size.training(**more), asked, size.trials))
+            taught = short if "rows of" in name else phase
+            arms.append(
+                Arm(label, size.model(pattern, **changes), (taught,), size.training(**more), asked, size.trials)
+            )
     return arms
 
 
@@ -184,7 +190,9 @@ def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | No
                 label = f"{name}, d {d}" + ("" if rates else f", rate {lr:g}")
                 # Weak writes erase little of what lies beside them: pairs far beyond those of training are then kept too.
                 more = dict(write_penalty=1.0) if "penalty" in name else {}
-                arms.append(Arm(label, cfg, phases, size.training(lr=lr, **more), tests, size.trials))
+                # Once 64 pairs are sure, more steps fit them ever closer, at the price of 256; weight decay holds that up.
+                training = size.training(lr=lr, weight_decay=1.0, **more)
+                arms.append(Arm(label, cfg, phases, training, tests, size.trials))
     return arms
 
 
@@ -231,7 +239,13 @@ def keys(size: Size) -> list[Arm]:
     settings = {
         "unique markers": (unique, "GS", {}),
         "unique markers, values not shifted": (unique, "GS", dict(shifted_value=False)),
+        "unique markers, values not shifted, key convolution of 2": (
+            unique,
+            "GS",
+            dict(shifted_value=False, key_conv_width=2),
+        ),
         "unique markers, RoPE on keys": (unique, "GS", dict(rope_keys=True)),
+        "unique markers, RoPE in the window": (unique, "GS", dict(use_rope=True)),
         "unique markers, context convolution of 8": (unique, "GS", dict(key_context_conv=8)),
         "unique markers, key bank": (unique, "GS", bank),
         "slots, learned keys": (slots, "GS", {}),
@@ -239,6 +253,8 @@ def keys(size: Size) -> list[Arm]:
         "one marker, keys of one token": (shared, "GS", {}),
         "one marker, key convolution of 2": (shared, "GS", dict(key_conv_width=2)),
         "one marker, key convolution of 4": (shared, "GS", dict(key_conv_width=4)),
+        "one marker, key and query convolutions of 4": (shared, "GS", dict(key_conv_width=4, query_conv_width=4)),
+        "one marker, context convolution of 8": (shared, "GS", dict(key_context_conv=8)),
         "one marker, window before the memory": (shared, "SG", {}),
     }
     arms = []

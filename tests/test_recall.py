@@ -98,7 +98,14 @@ def test_what_is_said_of_the_memory(cpu):
     with recall.torch.no_grad():
         net.layers[0].write_gate.weight.zero_()
         net.layers[0].write_gate.bias.fill_(-9.0)
-    assert recall.memory_of(net, task) == dict(beta=0.0, log_decay=0.0, shut=1.0, leak=0.0, written=0.0, erased=0.0)
+    batch = task.sample(4, analysis.fresh(2))
+    record = next(r for r in analysis.records(net, batch.tokens) if r["layer"] == "G")
+    hay = record["keys"][recall.probes.roles(task, batch) == 0]  # [n, H, K]
+    pairs = torch.combinations(torch.arange(len(hay)))
+    similar = float((hay[pairs[:, 0]] * hay[pairs[:, 1]]).sum(-1).abs().mean())
+    assert recall.memory_of(net, task) == dict(
+        beta=0.0, log_decay=0.0, shut=1.0, leak=0.0, written=0.0, erased=0.0, similarity=pytest.approx(similar)
+    )
     with recall.torch.no_grad():
         net.layers[0].write_gate.bias[0] = 9.0
     found = recall.memory_of(net, task)
@@ -108,6 +115,7 @@ def test_what_is_said_of_the_memory(cpu):
     ]  # head 0 alone writes
     roles = recall.probes.roles(task, batch)
     marked, hay = keys[roles == 1], keys[roles == 0]
+    assert found.pop("similarity") == pytest.approx(similar)
     assert found.pop("erased") == pytest.approx(float((marked @ hay.mT).square().mean() / 2))
     assert found == dict(beta=0.5, log_decay=0.0, shut=0.0, leak=0.5, written=0.5)
     with recall.torch.no_grad():  # now head 1 alone writes, and only at markers
@@ -186,7 +194,7 @@ def test_differences_are_paired_by_seed_and_corrected():
         + rows_of("equal", [0.50, 0.60, 0.70, 0.80, 0.90])
         + rows_of("short", [0.1, 0.2])
         + rows_of("one", [0.1])
-    )
+    ).assign(trials=10**8)  # so many that only the seeds count
     table = recall.differences(rows, dict.fromkeys(("up", "same", "equal", "short", "one", "missing"), "none"))
     table = table.set_index("arm")
     assert list(table.index) == ["up", "same", "equal", "short"] and set(table["than"]) == {"none"}
@@ -206,6 +214,10 @@ def test_differences_are_paired_by_seed_and_corrected():
     assert recall.verdict(down)[0].startswith(
         "none against up: **worse in far; no effect shown in near** (points: far -10.00"
     )
+    sure = pd.DataFrame(rows_of("all", [1.0] * 5) + rows_of("none", [0.0] * 5) + rows_of("also", [1.0] * 5))
+    table = recall.differences(sure, {"none": "all", "also": "all"}).set_index("arm")  # 1,000 answers a seed
+    assert table.loc["none", "holm"] < 1e-8 and -100.2 < table.loc["none", "low"] < -100 < table.loc["none", "high"]
+    assert table.loc["also", "p"] == 1 and 0.05 < table.loc["also", "high"] < 0.2
     assert recall.differences(rows[:0], {"up": "none"}).empty and recall.verdict(pd.DataFrame()) == []
     assert recall.differences(pd.DataFrame(), {"up": "none"}).empty
 
@@ -310,7 +322,7 @@ def test_the_command(tmp_path, cpu, monkeypatch, capsys):
     monkeypatch.setattr(studies, "SMOKE", TINY)
     out = tmp_path / "rows.jsonl"
     recall.main(["gates", "--smoke", "--seeds", "0", "--arms", "bias 2;hard decay", "--out", str(out)])
-    assert len(out.read_text().splitlines()) == 3 * 2 + 1  # one arm may last
+    assert len(out.read_text().splitlines()) == 4 * 2 + 1  # one arm may last
     assert "hard decay, hard write, penalty" in capsys.readouterr().out
     for words in (["none"], ["gates", "--rates-of", str(out)]):
         with pytest.raises(SystemExit):
