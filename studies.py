@@ -363,13 +363,22 @@ def layers(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
 
 
 def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
-    """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; two layers of memory, for the hops."""
+    """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; two layers of memory, for the hops.
+
+    Training has fewer values, chains and hops besides: four hops at once give nothing to begin with.
+    """
     vocab, sides = _text(size, text, 33)
     sides = sides or [None, None]
     at = lambda length, side: ruler.suite(length, vocab, haystack=side)  # noqa: E731
     # One task a step: a step of all eight is eight small ones, and takes the time of eight large ones.
-    every = tuple(task for length in size.lengths for task in at(length, sides[0]).values())
-    phase = train.Phase("ruler", train.Part(every, tokens=size.tokens, name="ruler"), size.steps)
+    every = []
+    for length in size.lengths:
+        suite = at(length, sides[0])
+        every += suite.values()
+        every += [dataclasses.replace(suite["multi-value"], n_needles=n) for n in (1, 2)]
+        chains = ((1, 1), (2, 1), (2, 2), (4, 2))
+        every += [dataclasses.replace(suite["variable tracking"], n_needles=n, hops=hops) for n, hops in chains]
+    phase = train.Phase("ruler", train.Part(tuple(every), tokens=size.tokens, name="ruler"), size.steps)
     tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
     cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), vocab_size=vocab, value_dim=2 * size.width)
     return [Arm("hybrid, GSGS", cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials)]
