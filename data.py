@@ -554,14 +554,15 @@ class LanguageModel(tasks.Task):
     def windows(self, limit: int | None = None) -> tasks.Batch:
         """The whole side as consecutive rows, so that every token but the first is scored once (less a last part-row).
 
-        limit: only the first so many rows.
+        limit: only so many rows, at equal distances: the first ones would be those of the first documents alone.
         """
-        count = (len(self.stream) - 1) // self.seq_len
+        count, step = (len(self.stream) - 1) // self.seq_len, 1
         if limit is not None:
             if not isinstance(limit, int) or limit < 1:
                 raise ValueError(f"limit = {limit!r}: needs a number of rows of at least 1, or None for all")
-            count = min(count, limit)
-        return self._rows(self.stream.unfold(0, self.seq_len + 1, self.seq_len)[:count].long())
+            step = max(1, count // limit)
+            count = min(count, limit * step)
+        return self._rows(self.stream.unfold(0, self.seq_len + 1, self.seq_len)[:count:step].long())
 
     def _rows(self, text: Tensor) -> tasks.Batch:
         return tasks.Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous())

@@ -89,10 +89,8 @@ def trained(arm: studies.Arm, seed: int, *, device: str = "auto", progress: bool
 
 
 def _windows(task: data.LanguageModel, *, rows: int = 96, at_once: int = 4) -> list[data.Batch]:
-    """Rows of a text at equal distances, in batches: the first ones would be those of its first documents alone."""
-    windows = task.windows()
-    step = max(1, len(windows.tokens) // rows)
-    windows = windows.rows(slice(0, rows * step, step))
+    """Rows of a text, in batches."""
+    windows = task.windows(limit=rows)
     return [windows.rows(slice(i, i + at_once)) for i in range(0, len(windows.tokens), at_once)]
 
 
@@ -122,10 +120,7 @@ def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
         # E beta k k^T over the haystack, then what it takes from a marker's key.
         taken = torch.einsum("nh,nhk,nhl->hkl", beta[hay], keys[hay], keys[hay]) / hay.sum()
         found["erased"] = float(torch.einsum("nhk,hkl,nhl->nh", keys[marked], taken, keys[marked]).mean())
-        some = keys[hay][:512].transpose(0, 1)  # [H, n, K], unit length
-        cosines = (some @ some.mT).abs()
-        n = some.shape[1]
-        found["similarity"] = float((cosines.sum((1, 2)) - n).mean() / (n * (n - 1)))
+        found["similarity"] = float(model.mean_cosine(keys[hay][None]))
     return found
 
 
@@ -291,8 +286,10 @@ def inside(rows: pd.DataFrame) -> pd.DataFrame:
     """What the first memory layer of each arm does on its first test: means over seeds of the write strength, at markers and in
     the haystack where that is known, of the share of tokens at which every head writes nothing, and the half-life in tokens of
     the mean log-decay (inf: nothing decays). Arms without a memory layer have no line."""
-    names = {"beta": "write strength", "written": "at markers", "leak": "in the haystack", "shut": "writes nothing"}
-    names |= {"erased": "erased by a token", "similarity": "|cosine| of keys"}
+    names = {
+        "beta": "write strength", "written": "at markers", "leak": "in the haystack", "shut": "writes nothing",
+        "erased": "erased by a token", "similarity": "|cosine| of keys",
+    }  # fmt: skip
     names = {column: name for column, name in names.items() if column in rows}
     first = rows.dropna(subset="beta").drop_duplicates(["arm", "seed"])
     means = first.groupby("arm", sort=False)[[*names, "log_decay"]].mean()

@@ -105,6 +105,17 @@ SMOKE = Size(
 # ------------------------------------------------------------------------------------------------ studies
 
 
+# Gates that can be exactly shut, and nothing that forgets: by a clamp, and by one whose gradient is a sigmoid's.
+SHUT = dict(decay="none", write_gate="hard")
+STRAIGHT = dict(decay="none", write_gate="straight")
+PRESSED = dict(write_penalty=0.02)  # what tells such a gate where to shut
+
+
+def _by_length(task: data.Task, lengths: Iterable[int]) -> tuple[tuple[str, data.Task], ...]:
+    """The same task at several lengths, as tests."""
+    return tuple((f"{n:,} tokens", dataclasses.replace(task, seq_len=n)) for n in lengths)
+
+
 def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
     """What lets a memory last: decay and write gate of its layers, soft ones and those that can be exactly shut.
 
@@ -118,36 +129,32 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
     short = dataclasses.replace(phase, parts=(_needles(brief, needle, size.needles),))
     # 1 at all but a few tokens, and near enough to the edge at 2.4 for a gradient: at a bias of 8 the gate would never move.
     opened = dict(decay="hard", g_bias=2.6)
-    hard, straight = (dict(decay="none", write_gate=gate) for gate in ("hard", "straight"))
-    pressed = dict(write_penalty=0.02)
-    tests = tuple(
-        (f"{length:,} tokens", dataclasses.replace(needle, n_needles=size.asked, seq_len=length)) for length in size.far
-    )
+    many = dataclasses.replace(needle, n_needles=size.asked, seq_len=size.far[0])
     settings = {
         "sigmoid decay, bias 2": (dict(g_bias=2.0), {}),
         "sigmoid decay": ({}, {}),
         "Mamba-style decay": (dict(decay="mamba"), {}),
         "hard decay": (opened, {}),
         "no decay": (dict(decay="none"), {}),
-        "no decay, penalty": (dict(decay="none"), pressed),
-        "no decay, hard write": (hard, {}),
-        "no decay, hard write, penalty": (hard, pressed),
-        "no decay, hard write, penalty .2": (hard, dict(write_penalty=0.2)),
-        "no decay, straight-through write": (straight, {}),
-        "no decay, straight-through write, penalty .002": (straight, dict(write_penalty=0.002)),
-        "no decay, straight-through write, penalty": (straight, pressed),
-        "hard decay, hard write, penalty": (opened | dict(write_gate="hard"), pressed),
+        "no decay, penalty": (dict(decay="none"), PRESSED),
+        "no decay, hard write": (SHUT, {}),
+        "no decay, hard write, penalty": (SHUT, PRESSED),
+        "no decay, hard write, penalty .2": (SHUT, dict(write_penalty=0.2)),
+        "no decay, straight-through write": (STRAIGHT, {}),
+        "no decay, straight-through write, penalty .002": (STRAIGHT, dict(write_penalty=0.002)),
+        "no decay, straight-through write, penalty": (STRAIGHT, PRESSED),
+        "hard decay, hard write, penalty": (opened | dict(write_gate="hard"), PRESSED),
         f"sigmoid decay, bias 2, rows of {brief.lengths[-1]}": (dict(g_bias=2.0), {}),
     }
-    furthest = (f"{size.furthest:,} tokens", dataclasses.replace(tests[-1][1], seq_len=size.furthest))
     arms = []
     for pattern in patterns:
         for name, (changes, more) in settings.items():
-            asked = (*tests, furthest) if more else tests  # without a penalty little is left at the length before
+            # Without a penalty little is left at the length before the furthest.
+            tests = _by_length(many, (*size.far, size.furthest) if more else size.far)
             label = name if pattern == "G" else f"{name}, {pattern}"
             taught = short if "rows of" in name else phase
             arms.append(
-                Arm(label, size.model(pattern, **changes), (taught,), size.training(**more), asked, size.trials)
+                Arm(label, size.model(pattern, **changes), (taught,), size.training(**more), tests, size.trials)
             )
     return arms
 
@@ -194,11 +201,6 @@ def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | No
                 training = size.training(lr=lr, weight_decay=1.0, **more)
                 arms.append(Arm(label, cfg, phases, training, tests, size.trials))
     return arms
-
-
-# Gates that can be exactly shut, and nothing that forgets: by a clamp, and by one whose gradient is a sigmoid's.
-SHUT = dict(decay="none", write_gate="hard")
-STRAIGHT = dict(decay="none", write_gate="straight")
 
 
 def text(size: Size) -> data.LanguageModel:
@@ -261,9 +263,8 @@ def keys(size: Size) -> list[Arm]:
     for name, (task, pattern, changes) in settings.items():
         cfg = dataclasses.replace(size.model(pattern, **SHUT), window_size=32, **changes)
         phase = train.Phase("needles", _needles(size, task, (1, 2, 3, 5)), size.steps)
-        lengths = size.lengths[-1], 4 * size.lengths[-1]
-        tests = tuple((f"{n:,} tokens", dataclasses.replace(task, seq_len=n)) for n in lengths)
-        arms.append(Arm(name, cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials))
+        tests = _by_length(task, (size.lengths[-1], 4 * size.lengths[-1]))
+        arms.append(Arm(name, cfg, (phase,), size.training(**PRESSED), tests, size.trials))
     return arms
 
 
@@ -273,8 +274,7 @@ def penalties(size: Size) -> list[Arm]:
         seq_len=size.lengths[-1], vocab_size=size.vocab_size, n_needles=size.needles[-1], n_markers=size.needles[-1]
     )
     part = _needles(size, task, size.needles)
-    lengths = size.lengths[-1], 4 * size.lengths[-1], 16 * size.lengths[-1]
-    tests = tuple((f"{n:,} tokens", dataclasses.replace(task, seq_len=n)) for n in lengths)
+    tests = _by_length(task, (size.lengths[-1], 4 * size.lengths[-1], 16 * size.lengths[-1]))
     settings = {
         "no penalty": {},
         "keys .1": dict(key_penalty=0.1),
@@ -305,9 +305,7 @@ def ids(size: Size) -> list[Arm]:
         asked = {"ids of training": span, "fresh ids": fresh}
         tests = tuple((test, dataclasses.replace(task, needle_range=chosen)) for test, chosen in asked.items())
         phase = train.Phase("needles", part, size.steps)
-        arms.append(
-            Arm(name, size.model("GS", **SHUT), (phase,), size.training(write_penalty=0.02), tests, size.trials)
-        )
+        arms.append(Arm(name, size.model("GS", **SHUT), (phase,), size.training(**PRESSED), tests, size.trials))
     return arms
 
 
@@ -331,7 +329,7 @@ def counts(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
     tests = [(f"{n} in random ids", dataclasses.replace(plain, n_needles=n)) for n in asked]
     tests += [(f"{n} in text", dataclasses.replace(task, n_needles=n)) for task in hidden[1:] for n in asked]
     cfg = dataclasses.replace(size.model("GS", **SHUT), vocab_size=vocab, value_dim=2 * size.width)
-    return [Arm("hybrid", cfg, (phase,), size.training(write_penalty=0.02), tuple(tests), size.trials)]
+    return [Arm("hybrid", cfg, (phase,), size.training(**PRESSED), tuple(tests), size.trials)]
 
 
 def layers(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
@@ -347,12 +345,11 @@ def layers(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
         for where, task in (("ids", plain), *(("text", task) for task in hidden[1:]))
         for n in size.far
     )
-    pressed = dict(write_penalty=0.02)
     settings = {
         "no decay": ("sigmoid", {}),
-        "no decay, penalty": ("sigmoid", pressed),
-        "no decay, hard write, penalty": ("hard", pressed),
-        "no decay, straight-through write, penalty": ("straight", pressed),
+        "no decay, penalty": ("sigmoid", PRESSED),
+        "no decay, hard write, penalty": ("hard", PRESSED),
+        "no decay, straight-through write, penalty": ("straight", PRESSED),
     }
     arms = []
     for pattern in ("GS", "GSGS"):
@@ -381,7 +378,7 @@ def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]
     phase = train.Phase("ruler", train.Part(tuple(every), tokens=size.tokens, name="ruler"), size.steps)
     tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
     cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), vocab_size=vocab, value_dim=2 * size.width)
-    return [Arm("hybrid, GSGS", cfg, (phase,), size.training(write_penalty=0.02), tests, size.trials)]
+    return [Arm("hybrid, GSGS", cfg, (phase,), size.training(**PRESSED), tests, size.trials)]
 
 
 def language(
@@ -403,11 +400,11 @@ def language(
     tests += ((f"five in text, {far.seq_len:,} tokens", far),)
     arms = []
     weights = list(weights)
-    pressed, few = dict(write_penalty=0.02), weights[::3]
+    few = weights[::3]
     gates = (
         ("soft gates", {}, {}, weights),
-        ("gates that can shut", SHUT, pressed, few),
-        ("straight-through gates", STRAIGHT, pressed, few),
+        ("gates that can shut", SHUT, PRESSED, few),
+        ("straight-through gates", STRAIGHT, PRESSED, few),
     )
     for gate, changes, more, chosen in gates:
         cfg = dataclasses.replace(size.model("GS", **changes), vocab_size=vocab, value_dim=2 * size.width)

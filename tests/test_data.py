@@ -565,6 +565,9 @@ def test_windows_cover_the_side_once(text):
     assert len(side.stream) - 1 - len(covered) < side.seq_len
     assert torch.equal(batch.tokens.flatten(), side.stream[: len(covered)].long())
     assert len(side.windows(3).tokens) == 3
+    step = len(batch.tokens) // 3
+    assert step > 1 and torch.equal(side.windows(3).tokens, batch.tokens[: 3 * step : step])
+    assert torch.equal(side.windows(len(batch.tokens) + 1).tokens, batch.tokens)
     with pytest.raises(ValueError, match="limit"):
         side.windows(0)
 
