@@ -92,7 +92,8 @@ SIZES = dict(  # steps: several times what the arms needed in trials
     counts=LARGE,
     # Few answers a seed: a test at 65,536 tokens reads 13 million for them.
     ruler=dataclasses.replace(LARGE, far=(2048, 8192, 65536), steps=2400, trials=200),
-    layers=dataclasses.replace(FULL, far=(1024, 16384, 65536), steps=800),
+    # Up to as many needles as are asked for: ids out of 50,000 have to be met as values before they can be told apart.
+    layers=dataclasses.replace(FULL, far=(1024, 16384, 65536), needles=(1, 4, 16, 64), steps=800),
     language=dataclasses.replace(LARGE, steps=640),  # 10.5 million tokens of text
     order=dataclasses.replace(LARGE, steps=640),
 )
@@ -149,8 +150,9 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
     arms = []
     for pattern in patterns:
         for name, (changes, more) in settings.items():
-            # Without a penalty little is left at the length before the furthest.
-            tests = _by_length(many, (*size.far, size.furthest) if more else size.far)
+            # Soft gates without a penalty have lost much at the length before the furthest.
+            lasting = more or changes == STRAIGHT
+            tests = _by_length(many, (*size.far, size.furthest) if lasting else size.far)
             label = name if pattern == "G" else f"{name}, {pattern}"
             taught = short if "rows of" in name else phase
             arms.append(
@@ -347,7 +349,6 @@ def layers(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
     )
     settings = {
         "no decay": ("sigmoid", {}),
-        "no decay, penalty": ("sigmoid", PRESSED),
         "no decay, hard write, penalty": ("hard", PRESSED),
         "no decay, straight-through write, penalty": ("straight", PRESSED),
     }
@@ -362,7 +363,8 @@ def layers(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
 def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
     """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; two layers of memory, for the hops.
 
-    Training has fewer values, chains and hops besides: four hops at once give nothing to begin with.
+    A third of the steps goes to needles first, which ask for many more values in a row: one answer in 2,048 tokens teaches a
+    vocabulary of 50,000 nothing. Training then asks for all keys and chains of a row, and has fewer values and hops besides.
     """
     vocab, sides = _text(size, text, 33)
     sides = sides or [None, None]
@@ -371,14 +373,20 @@ def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]
     every = []
     for length in size.lengths:
         suite = at(length, sides[0])
-        every += suite.values()
+        every += [suite[name] for name in suite if name != "multi-key"]
+        every += [dataclasses.replace(suite["multi-key"], queries=None)]
         every += [dataclasses.replace(suite["multi-value"], n_needles=n) for n in (1, 2)]
-        chains = ((1, 1), (2, 1), (2, 2), (4, 2))
-        every += [dataclasses.replace(suite["variable tracking"], n_needles=n, hops=hops) for n, hops in chains]
-    phase = train.Phase("ruler", train.Part(tuple(every), tokens=size.tokens, name="ruler"), size.steps)
+        every += [dataclasses.replace(suite["variable tracking"], hops=hops, queries=None) for hops in (0, 1, 2)]
+    plain = data.MultiNeedle(seq_len=size.lengths[0], vocab_size=vocab, n_needles=1, n_markers=33)
+    hidden = [dataclasses.replace(plain, haystack=side) for side in sides[:1] if side is not None]
+    phases = (
+        train.Phase("needles", _needles(size, plain, (1, 4, 16, 32), *hidden), max(1, size.steps // 3)),
+        train.Phase("ruler", train.Part(tuple(every), tokens=size.tokens, name="ruler"), size.steps),
+    )
     tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
-    cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), vocab_size=vocab, value_dim=2 * size.width)
-    return [Arm("hybrid, GSGS", cfg, (phase,), size.training(**PRESSED), tests, size.trials)]
+    # RoPE lets the window tell which token stands before: what a second memory needs for values of several tokens.
+    cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), vocab_size=vocab, value_dim=2 * size.width, use_rope=True)
+    return [Arm("hybrid, GSGS", cfg, phases, size.training(**PRESSED), tests, size.trials)]
 
 
 def language(
