@@ -139,15 +139,17 @@ def accuracies(
     """Accuracy with its interval against a number: length, distance, needles. `by` gives one line per value of a column.
 
     table: columns x, accuracy, low, high. mark: (x, text) draws a vertical line, such as the training length. lines: connect
-    the points of a group.
+    the points of a group, from left to right. More groups than colours differ in marker and stroke besides.
     """
     _require_columns(table, "table", [x, "accuracy", "low", "high", *([by] if by else [])])
-    fig, (ax,) = _new()
     groups = [("", table)] if by is None else list(table.groupby(by, sort=False))
-    for name, part in groups:
-        gap = _whiskers(part, "accuracy")
-        drawn = dict(marker="o", ms=4, capsize=3, ls="-" if lines else "", label=str(name) or None)
-        ax.errorbar(part[x], part["accuracy"], yerr=gap, **drawn)
+    many = len(groups) > 4
+    fig, (ax,) = _new(width=9.0 if many else 5.2)
+    for i, (name, part) in enumerate(groups):
+        part, again = part.sort_values(x), i // len(COLOURS)
+        stroke, marker = (("-", "o"), ("--", "s"), (":", "^"))[again % 3]
+        drawn = dict(color=COLOURS[i % len(COLOURS)], marker=marker, ls=stroke if lines else "", ms=4, capsize=3)
+        ax.errorbar(part[x], part["accuracy"], yerr=_whiskers(part, "accuracy"), label=str(name) or None, **drawn)
     if chance is not None:
         ax.axhline(chance, color="0.4", ls="--", lw=1, label=f"chance {percent(chance)}")
     if mark is not None:
@@ -156,7 +158,9 @@ def accuracies(
         _in_doublings(ax, table[x])
     ax.set(xlabel=xlabel, ylabel="accuracy (95% interval)", ylim=(-0.03, 1.05))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if ax.get_legend_handles_labels()[0]:
+    if many:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines, which may be anywhere
+    elif ax.get_legend_handles_labels()[0]:
         ax.legend()
     return fig
 

@@ -487,10 +487,12 @@ def step_memory(
     """GPU memory and time of a training step (AdamW, every token scored, bf16 autocast) for each (T, B) of `shapes`.
 
     held: weights, gradients and optimizer state; activations: peak minus held. In MB of 2^20 bytes, as allocated by torch,
-    after a first step that fills caches; ms: mean of `steps` steps. Raises ValueError without a CUDA device.
+    less what was allocated before, after a first step that fills caches; ms: mean of `steps` steps. Raises ValueError
+    without a CUDA device.
     """
     if not torch.cuda.is_available():
         raise ValueError("step_memory: needs a CUDA device; torch counts no peak on a CPU")
+    others = torch.cuda.memory_allocated()
     model = build().cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     generator, rows = torch.Generator().manual_seed(0), []
@@ -500,7 +502,7 @@ def step_memory(
             if step == 1:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-                held, start = torch.cuda.memory_allocated(), time.perf_counter()
+                held, start = torch.cuda.memory_allocated() - others, time.perf_counter()
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = model(tokens, tokens).loss
             loss.backward()
@@ -508,7 +510,7 @@ def step_memory(
             optimizer.zero_grad(set_to_none=False)  # keep them: gradients count as held
             del loss
         torch.cuda.synchronize()
-        ms, peak = 1e3 * (time.perf_counter() - start) / steps, torch.cuda.max_memory_allocated()
+        ms, peak = 1e3 * (time.perf_counter() - start) / steps, torch.cuda.max_memory_allocated() - others
         row = {"T": T, "batch": B, "total": peak / 2**20, "held": held / 2**20, "activations": (peak - held) / 2**20}
         rows.append(row | {"ms": ms})
     return pd.DataFrame(rows)

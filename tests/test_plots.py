@@ -156,6 +156,18 @@ def test_accuracies_draw_one_line_per_group():
             plots.accuracies(bad, "n", xlabel="needles")
 
 
+def test_accuracies_of_many_groups_can_be_told_apart_whatever_the_order_of_the_rows():
+    table = pd.concat([rates("n", 900, 500, 100).assign(arm=f"arm {i}") for i in range(9)])
+    figure = plots.accuracies(table.iloc[::-1], "n", xlabel="needles", by="arm")
+    (ax,) = draw(figure)
+    lines = [c.lines[0] for c in ax.containers]
+    assert len({(to_hex(line.get_color()), line.get_marker(), line.get_linestyle()) for line in lines}) == 9
+    for line in lines:
+        assert line.get_xdata().tolist() == sorted(line.get_xdata()) and line.get_ydata().tolist() == [0.9, 0.5, 0.1]
+    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1 - 1  # beside the lines, over none
+    inside(figure)
+
+
 def test_bars_draw_values_and_whiskers():
     table = pd.DataFrame([{"arm": n, **analysis.Rate(c, 1000).row()} for n, c in (("present", 1000), ("removed", 5))])
     figure = plots.bars(table, "arm", chance=1 / 240, title="five needles")
