@@ -24,8 +24,9 @@ EPS = 1e-6  # added to the sum of weights of linear attention, which is 0 before
 class AttentionState(NamedTuple):
     """What an A layer carries: keys and values of every token so far, [B, H, t, d / H]."""
 
-    keys: Tensor
+    keys: Tensor  # with `shifted_value`, at each token's place the key of the token before
     values: Tensor
+    last_key: Tensor  # [B, H, d / H], of the last token itself
 
 
 class LinearState(NamedTuple):
@@ -93,7 +94,11 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = Non
 
 
 class AttentionLayer(nn.Module):
-    """A: causal softmax attention over everything before, with RoPE where `use_rope` says so."""
+    """A: causal softmax attention over everything before, with RoPE where `use_rope` says so.
+
+    `shifted_value` pairs the key of t - 1 with the value of t, as in a G layer: what followed is found in one layer, where two
+    would have to learn to look at the token before. The first token, which has no key before it, is a slot of zeros.
+    """
 
     def __init__(self, cfg: config.HybridConfig):
         super().__init__()
@@ -110,12 +115,18 @@ class AttentionLayer(nn.Module):
         if self.cfg.use_rope:
             q, k = rope(q, position, self.cfg.rope_base), rope(k, position, self.cfg.rope_base)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        last_key = k[:, :, -1].clone()  # a slice would keep the whole sequence alive
+        if self.cfg.shifted_value:
+            before = torch.zeros_like(k[:, :, :1]) if state is None else state.last_key[:, :, None].to(k.dtype)
+            k = torch.cat([before, k[:, :, :-1]], dim=2)
+            if state is None:
+                v = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
         if state is not None:
             k, v = (torch.cat([p.to(y.dtype), y], dim=2) for p, y in ((state.keys, k), (state.values, v)))
         attended = self.out(causal_attention(q, k, v).transpose(1, 2).reshape(B, T, d))
         if record is not None:
             record.update(attended=attended.detach(), q=q.detach(), k=k.detach())
-        return x + attended, AttentionState(k, v)
+        return x + attended, AttentionState(k, v, last_key)
 
 
 class LinearAttentionLayer(nn.Module):

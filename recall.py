@@ -284,17 +284,17 @@ def by_test(rows: pd.DataFrame) -> pd.DataFrame:
 
 def inside(rows: pd.DataFrame) -> pd.DataFrame:
     """What the first memory layer of each arm does on its first test: means over seeds of the write strength, at markers and in
-    the haystack where that is known, of the share of tokens at which every head writes nothing, and the half-life in tokens of
-    the mean log-decay (inf: nothing decays). Arms without a memory layer have no line."""
+    the haystack where that is known, of the share of tokens at which every head writes nothing, and the median over seeds of the
+    half-life in tokens of the mean log-decay (inf: nothing decays). Arms without a memory layer have no line."""
     names = {
         "beta": "write strength", "written": "at markers", "leak": "in the haystack", "shut": "writes nothing",
         "erased": "erased by a token", "similarity": "|cosine| of keys",
     }  # fmt: skip
     names = {column: name for column, name in names.items() if column in rows}
     first = rows.dropna(subset="beta").drop_duplicates(["arm", "seed"])
-    means = first.groupby("arm", sort=False)[[*names, "log_decay"]].mean()
-    half = [math.log(0.5) / g if g < 0 else math.inf for g in means.pop("log_decay")]
-    return means.rename(columns=names).assign(**{"half-life": half})
+    by_arm = first.groupby("arm", sort=False)
+    half = [math.log(0.5) / g if g < 0 else math.inf for g in by_arm["log_decay"].median()]
+    return by_arm[[*names]].mean().rename(columns=names).assign(**{"half-life": half})
 
 
 def retention(rows: pd.DataFrame) -> pd.DataFrame:

@@ -161,8 +161,10 @@ def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
     return arms
 
 
-MIXERS = {  # two layers each, at most 2 heads; every recurrent one with the shifted write
-    "softmax attention": dict(layer_pattern="AA", use_rope=True),
+MIXERS = {  # two layers each, at most 2 heads; all but one with the key of the token before beside each value
+    "softmax attention": dict(layer_pattern="AA"),
+    # Has to learn to look at the token before, with RoPE to tell it: in so few steps it does not.
+    "softmax attention, not shifted": dict(layer_pattern="AA", shifted_value=False, use_rope=True),
     "linear attention": dict(layer_pattern="LL"),
     "DeltaNet": dict(layer_pattern="GG", decay="none", beta_bias=-4.0),
     "gated delta, Mamba-style decay": dict(layer_pattern="GG", decay="mamba", beta_bias=-4.0),
@@ -176,7 +178,8 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | None = None) -> list[Arm]:
-    """Multi-query associative recall for every mixer: at one width with each of RATES, or at all widths at chosen `rates`.
+    """Multi-query associative recall for every mixer: at one width with each of RATES; or for those that `rates` names at all
+    widths, each at its own.
 
     Trained with both fillers of the published task, zeros and random ids, asked with zeros.
     """
@@ -193,6 +196,8 @@ def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | No
     arms = []
     for d in size.widths if rates else (width or size.widths[len(size.widths) // 2],):
         for name, changes in MIXERS.items():
+            if rates and name not in rates:
+                continue
             common = dict(d_model=d, n_heads=2, window_size=32)
             cfg = dataclasses.replace(size.model(), **common, **changes)
             for lr in [rates[name]] if rates else RATES:
@@ -428,7 +433,8 @@ def language(
 
 
 def order(size: Size, text: data.LanguageModel) -> list[Arm]:
-    """Needles first, language first, or both at once, for the same number of steps on each; and needles before both."""
+    """Needles first, language first, or both at once, for the same number of steps on each; and one of them for half as long
+    before both."""
     first, *_ = language(size, text, weights=(0.5,))
     both, (joint,) = first, first.phases
     words, asked = joint.streams
@@ -438,6 +444,7 @@ def order(size: Size, text: data.LanguageModel) -> list[Arm]:
         "needles, then language": (train.Phase("n", asked, size.steps), train.Phase("w", words, size.steps, lr=slower)),
         "language, then needles": (train.Phase("w", words, size.steps), train.Phase("n", asked, size.steps, lr=slower)),
         "needles, then both": (train.Phase("n", asked, half), dataclasses.replace(joint, lr=slower)),
+        "language, then both": (train.Phase("w", words, half), dataclasses.replace(joint, lr=slower)),
     }
     phases["both at once"] = tuple(dataclasses.replace(p, steps=half) for p in phases["both at once"])
     return [dataclasses.replace(both, name=name, phases=chosen) for name, chosen in phases.items()]

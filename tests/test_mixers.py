@@ -69,7 +69,7 @@ def test_causal_attention_equals_a_mask(T, S):
 
 
 def test_layers_by_hand():
-    """An L layer pairs the key before with a value; an A layer rotates by position, from where an earlier call ended."""
+    """L and A layers pair the key before with a value; an A layer rotates by position, from where an earlier call ended."""
     net, x = build("L"), tokens(1, 9)
     layer, H = net.layers[0], TINY.n_heads
     with torch.no_grad():
@@ -83,15 +83,28 @@ def test_layers_by_hand():
         out, state = layer(y, None, 0, None)
     torch.testing.assert_close(out, y + layer.out(read.flatten(2)), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(state.memory, memory, rtol=1e-10, atol=1e-10)
-    net = build("A", {"use_rope": True})
-    layer = net.layers[0]
-    with torch.no_grad():
-        h = layer.norm(net.embed(x))
-        q, k, v = (w(h).view(1, 9, H, -1) for w in (layer.q, layer.k, layer.v))
-        q, k = (mixers.rope(z, 0, TINY.rope_base).transpose(1, 2) for z in (q, k))
-        mixed = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
-        expected = net.embed(x) + layer.out(mixed.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(layer(net.embed(x), None, 0, None)[0], expected, rtol=1e-10, atol=1e-10)
+    for shifted in (False, True):
+        net = build("A", {"use_rope": True, "shifted_value": shifted})
+        layer = net.layers[0]
+        with torch.no_grad():
+            h = layer.norm(net.embed(x))
+            q, k, v = (w(h).view(1, 9, H, -1) for w in (layer.q, layer.k, layer.v))
+            q, k = (mixers.rope(z, 0, TINY.rope_base) for z in (q, k))
+            if shifted:
+                k, v = torch.cat([torch.zeros_like(k[:, :1]), k[:, :-1]], dim=1), v.clone()
+                v[:, 0] = 0
+            q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            expected = net.embed(x) + layer.out(mixed.transpose(1, 2).flatten(2))
+            # In two calls, and token by token, the same.
+            first, state = layer(net.embed(x[:, :4]), None, 0, None)
+            rest, _ = layer(net.embed(x[:, 4:]), state, 4, None)
+            single, state = [], None
+            for t in range(9):
+                y, state = layer(net.embed(x[:, t : t + 1]), state, t, None)
+                single.append(y)
+        for given in (layer(net.embed(x), None, 0, None)[0], torch.cat([first, rest], 1), torch.cat(single, 1)):
+            torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pattern", ["A", "L", "GASL"])
