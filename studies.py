@@ -93,7 +93,7 @@ SIZES = dict(  # steps: several times what the arms needed in trials
     # Few answers a seed: a test at 65,536 tokens reads 13 million for them.
     ruler=dataclasses.replace(LARGE, far=(2048, 8192, 65536), steps=2400, trials=200),
     # Up to as many needles as are asked for: ids out of 50,000 have to be met as values before they can be told apart.
-    layers=dataclasses.replace(FULL, far=(1024, 16384, 65536), needles=(1, 4, 16, 64), steps=800),
+    layers=dataclasses.replace(FULL, far=(1024, 16384, 65536), needles=(1, 4, 16, 64), steps=1600),
     language=dataclasses.replace(LARGE, steps=640),  # 10.5 million tokens of text
     order=dataclasses.replace(LARGE, steps=640),
 )
