@@ -273,8 +273,13 @@ def trade_off(
     return fig
 
 
-def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title: str = "") -> Figure:
-    """One bar per row of a table with columns `label`, accuracy, low, high; the interval as a whisker."""
+def bars(
+    table: pd.DataFrame, label: str, *, chance: float | None = None, chance_name: str = "chance", title: str = ""
+) -> Figure:
+    """One bar per row of a table with columns `label`, accuracy, low, high; the interval as a whisker.
+
+    chance: a line, under `chance_name` where it is another bar to pass than chance.
+    """
     _require_columns(table, "table", (label, "accuracy", "low", "high"))
     longest = table[label].astype(str).str.len().max()
     fig, (ax,) = _new(width=6.0 + 0.075 * max(0, longest - 20), height=0.9 + 0.42 * max(2, len(table)))
@@ -282,7 +287,7 @@ def bars(table: pd.DataFrame, label: str, *, chance: float | None = None, title:
     gap = _whiskers(table, "accuracy")
     ax.barh(y, table["accuracy"], xerr=gap, capsize=3, height=0.6, color=COLOURS[0], ecolor="0.2")
     if chance is not None:
-        ax.axvline(chance, color=COLOURS[1], ls="--", lw=1.2, label=f"chance {percent(chance)}")
+        ax.axvline(chance, color=COLOURS[1], ls="--", lw=1.2, label=f"{chance_name} {percent(chance)}")
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, which may be full
     for i, (value, high) in enumerate(zip(table["accuracy"], table["high"], strict=True)):
         ax.text(max(value, high) + 0.02, i, f"{value:.1%}", va="center", fontsize=9)

@@ -47,20 +47,22 @@ def run(
 ) -> pd.DataFrame:
     """Train every arm from every seed, ask it, and return one row per test; `out` takes them as lines of JSON as they come.
 
-    An arm and seed that `out` already holds with the same settings is taken from there.
+    An arm and seed that `out` already holds with the same settings is taken from there, whatever it was called. Settings, not
+    code: after a change of a model or a task its rows have to go.
     """
     seeds, rows = list(seeds), []
     known = {} if out is None else _by_run(_lines(out))
     for arm in arms:
         for seed in seeds:
-            found = known.get((arm.key, seed))
-            if found is None:
-                found = trained(arm, seed, device=device, progress=progress)[1]
-                found = [dict(row, study=study) for row in found]
+            found = known.get((arm.key, seed)) or trained(arm, seed, device=device, progress=progress)[1]
+            named = [row for row in found if (row["arm"], row.get("study")) == (arm.name, study)]
+            if not named:
+                by_test = {row["test"]: dict(row, arm=arm.name, study=study) for row in found}
+                named = list(by_test.values())
                 if out is not None:
                     with open(out, "a", encoding="utf-8") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in found)
-            rows += found
+                        file.writelines(json.dumps(row) + "\n" for row in named)
+            rows += named
     return pd.DataFrame(rows)
 
 
@@ -74,7 +76,8 @@ def trained(arm: studies.Arm, seed: int, *, device: str = "auto", progress: bool
     common |= dict(model=repr(arm.cfg), d_model=arm.cfg.d_model, pattern=arm.cfg.layer_pattern)
     common |= dict(steps=fitted.steps, seconds=round(fitted.seconds, 2))
     common |= dict(revision=runs.git_revision(), device=runs.device_name() if cuda else "cpu", **runs.versions())
-    common |= dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), last_loss=_last_loss(fitted))
+    common |= dict(date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    common |= dict(last_loss=_last_loss(fitted, arm), text=_text_of(arm))
     inside = memory_of(net, arm.tests[0][1])
     rows = []
     for label, task in arm.tests:
@@ -94,9 +97,19 @@ def _windows(task: data.LanguageModel, *, rows: int = 96, at_once: int = 4) -> l
     return [windows.rows(slice(i, i + at_once)) for i in range(0, len(windows.tokens), at_once)]
 
 
-def _last_loss(fitted: train.Run) -> float:
-    column = next(c for c in fitted.history if c.startswith("loss/"))
-    return float(fitted.history[column].dropna().iloc[-5:].mean())  # a phase without it leaves it empty
+def _last_loss(fitted: train.Run, arm: studies.Arm) -> float:
+    """Mean of the last five logs of the last phase's first part."""
+    column = f"loss/{arm.phases[-1].streams[0].label}"
+    return float(fitted.history[column].dropna().iloc[-5:].mean())
+
+
+def _text_of(arm: studies.Arm) -> str:
+    """Fingerprint of the text that the tests of an arm read; empty without one."""
+    for _, task in arm.tests:
+        text = task if isinstance(task, data.LanguageModel) else getattr(task, "haystack", None)
+        if text is not None:
+            return text.corpus.sha256[:12]
+    return ""
 
 
 def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
@@ -106,22 +119,56 @@ def memory_of(net: model.TransparentHybrid, task: data.Task) -> dict:
     their markers, `leak`, that in the haystack, and `erased`, the share of a needle that one token of haystack takes away: the
     mean of its strength times the squared cosine of its key and the marker's; `similarity`: mean |cosine| of two keys there.
     """
-    batch = task.sample(4, analysis.fresh(2))
-    record = next((r for r in analysis.records(net, batch.tokens[:, :4096]) if r["layer"] == "G"), None)
+    batch, record = _first_memory(net, task)
     if record is None:
         return {}
     beta, g = record["beta"], record["log_decay"]
     found = dict(beta=float(beta.mean()), log_decay=float(g.mean()), shut=float((beta == 0).all(-1).float().mean()))
     if isinstance(task, data.NeedleTask):
-        roles = probes.roles(task, batch)[:, :4096].to(beta.device)
-        marked, hay = (roles == probes.ROLES.index(role) for role in ("marker", "haystack"))
+        marked, hay = _marked(task, batch, record)
         found |= dict(written=float(beta[marked].mean()), leak=float(beta[hay].mean()))
-        keys, beta = record["keys"].double(), beta.double()
-        # E beta k k^T over the haystack, then what it takes from a marker's key.
-        taken = torch.einsum("nh,nhk,nhl->hkl", beta[hay], keys[hay], keys[hay]) / hay.sum()
-        found["erased"] = float(torch.einsum("nhk,hkl,nhl->nh", keys[marked], taken, keys[marked]).mean())
-        found["similarity"] = float(model.mean_cosine(keys[hay][None]))
+        of_markers = record["keys"][marked].double()
+        taken = torch.einsum("nhk,hkl,nhl->nh", of_markers, _taken(record, hay), of_markers)
+        found["erased"] = float(taken.mean())
+        found["similarity"] = float(model.mean_cosine(record["keys"][hay][None].double()))
     return found
+
+
+def retention(net: model.TransparentHybrid, task: data.NeedleTask, distances: Iterable[float]) -> list[float]:
+    """Amplitude that the first memory layer should leave of a needle after so many tokens of haystack, mean over its heads.
+
+    k^T (I - E beta h h^T)^n k (E e^g)^n, with marker keys k, haystack keys h, strengths beta and log-decays g of four rows: exact
+    in the mean where these are drawn independently. What is answered depends on the noise beside it too. ValueError for a model
+    without a memory layer.
+    """
+    batch, record = _first_memory(net, task)
+    if record is None:
+        raise ValueError(f"net: {net.cfg} has no memory layer")
+    marked, hay = _marked(task, batch, record)
+    taken, vectors = torch.linalg.eigh(_taken(record, hay))  # [H, K], [H, K, K]
+    share = torch.einsum("nhk,hkl->nhl", record["keys"][marked].double(), vectors).square().mean(0)
+    decay = record["log_decay"][hay].double().exp().mean(0)
+    left = [(share * (1 - taken) ** n).sum(-1) * decay**n for n in distances]
+    return [float(of_heads.mean()) for of_heads in left]
+
+
+def _first_memory(net: model.TransparentHybrid, task: data.Task):
+    """Four rows of `task`, and the record of the first memory layer on up to 4,096 tokens of them, or None."""
+    batch = task.sample(4, analysis.fresh(2))
+    records = analysis.records(net, batch.tokens[:, :4096])
+    return batch, next((r for r in records if r["layer"] == "G"), None)
+
+
+def _marked(task: data.NeedleTask, batch: data.Batch, record: dict):
+    """bool [B, T] each: markers, and haystack."""
+    roles = probes.roles(task, batch)[:, :4096].to(record["beta"].device)
+    return tuple(roles == probes.ROLES.index(role) for role in ("marker", "haystack"))
+
+
+def _taken(record: dict, hay: torch.Tensor) -> torch.Tensor:
+    """float64 [H, K, K]: E beta h h^T over the haystack, what one of its tokens takes away in the mean."""
+    keys, beta = record["keys"][hay].double(), record["beta"][hay].double()
+    return torch.einsum("nh,nhk,nhl->hkl", beta, keys, keys) / hay.sum()
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -159,10 +206,13 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
     Two seeds or more: Student's t over them, widened to Wilson's interval of all their trials where that reaches further, since
     five seeds that are all at 100% do not make it certain. One: Wilson's interval of its trials, and the table says so by
-    `seeds`. Tests of language are left to `losses`.
+    `seeds`. Tests of language are left to `losses`. ValueError for an arm whose rows are of more than one setting, as where the
+    file holds some of before a change: `named` takes those of today's arms.
     """
     table = []
     for (arm, test), part in rows.dropna(subset="accuracy").groupby(["arm", "test"], sort=False):
+        if "key" in part and part["key"].nunique() > 1:
+            raise ValueError(f"rows: {arm!r} has rows of {part['key'].nunique()} settings; take those of one (`named`)")
         if len(part) > 1:
             mean, low, high = analysis.mean_interval(part["accuracy"])
             right = (part["accuracy"] * part["trials"]).round().sum()
@@ -236,12 +286,15 @@ def differences(rows: pd.DataFrame, controls: dict[str, str]) -> pd.DataFrame:
 
 def verdict(table: pd.DataFrame, *, level: float = 0.05, least_seeds: int = 5) -> list[str]:
     """A sentence for each arm of `differences`: better or worse in the tests where p after Holm's correction is below `level`,
-    else no effect shown, which the intervals bound; no verdict from fewer than `least_seeds` seeds. The numbers follow."""
+    undecided where only its own interval leaves out 0, else no effect shown, which the intervals bound; no verdict from fewer
+    than `least_seeds` seeds. The numbers follow."""
     said = []
     for (arm, than), part in table.groupby(["arm", "than"], sort=False) if len(table) else ():
         found, numbers = {}, []
         for r in part.itertuples():
-            word = "no effect shown" if r.holm >= level else "better" if r.difference > 0 else "worse"
+            clear = r.low > 0 or r.high < 0
+            word = "better" if r.difference > 0 else "worse"
+            word = word if r.holm < level else "undecided" if clear else "no effect shown"
             word = word if r.seeds >= least_seeds else f"no verdict from {r.seeds} of {least_seeds} seeds"
             found.setdefault(word, []).append(r.test)
             numbers.append(
@@ -272,14 +325,17 @@ def shown(rows: pd.DataFrame, study: str) -> pd.DataFrame | None:
 
 
 def by_test(rows: pd.DataFrame) -> pd.DataFrame:
-    """Arms by tests: mean accuracy over seeds in percent, its 95% interval in brackets."""
+    """Arms by tests: mean accuracy over seeds in percent, its 95% interval in brackets. training loss: mean at the end, in nats;
+    an arm that stands at guessing there has not learned its task, whatever the reason."""
     table = summary(rows)
     cell = lambda r: f"{100 * r.accuracy:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]"  # noqa: E731
     table["cell"] = [cell(r) for r in table.itertuples()]
     order = dict(index=table["arm"].unique(), columns=table["test"].unique())
     wide = table.pivot(index="arm", columns="test", values="cell").reindex(**order).fillna("")
     first = table.drop_duplicates("arm").set_index("arm")
-    return wide.assign(seeds=first["seeds"], parameters=first["parameters"], chance=first["chance"])
+    last = rows.drop_duplicates(["arm", "seed"]).groupby("arm")["last_loss"].mean()
+    wide = wide.assign(seeds=first["seeds"], parameters=first["parameters"], chance=first["chance"])
+    return wide.assign(**{"training loss": last.reindex(wide.index)})
 
 
 def inside(rows: pd.DataFrame) -> pd.DataFrame:
@@ -295,18 +351,6 @@ def inside(rows: pd.DataFrame) -> pd.DataFrame:
     by_arm = first.groupby("arm", sort=False)
     half = [math.log(0.5) / g if g < 0 else math.inf for g in by_arm["log_decay"].median()]
     return by_arm[[*names]].mean().rename(columns=names).assign(**{"half-life": half})
-
-
-def retention(rows: pd.DataFrame) -> pd.DataFrame:
-    """What should be left of a needle after a row of each length, beside what was answered: one line per arm, seed and test.
-
-    kept: (1 - erased)^length e^(log_decay length), the amplitude expected after as many tokens of haystack and decays. Rows
-    without `erased` are left out.
-    """
-    known = rows.dropna(subset=["erased", "accuracy"]) if "erased" in rows else rows.iloc[:0]
-    kept = [math.exp(r.length * (math.log1p(-r.erased) + r.log_decay)) for r in known.itertuples()]
-    columns = ["arm", "seed", "test", "length", "erased", "accuracy", "low", "high"]
-    return known.reindex(columns=columns).assign(kept=kept)
 
 
 def beside(live: pd.DataFrame, rows: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
@@ -325,9 +369,9 @@ def trade_off(rows: pd.DataFrame, test: str, *, least_seeds: int = 3, threshold:
     """What needles cost a language model: one line per gate and weight of `language`, from the seeds that both arms have.
 
     loss, alone: mean loss on held-out text of the arm and of the same gates without needles. excess, %: mean over seeds of how
-    far the first lies beyond the second, accuracy that of `test`, both with the interval of `audit.claim`, whose verdict is the
-    last column; worst: the lowest accuracy of a seed; succeeded: seeds that reach `threshold`. An arm that shares no seed with
-    language alone is left out.
+    far the first lies beyond the second, with its 95% interval; accuracy, low, high: those of `test` by `summary`; worst: the
+    lowest accuracy of a seed; succeeded: seeds that reach `threshold`; enough: whether there are `least_seeds`. An arm that
+    shares no seed with language alone is left out.
     """
     parts, table = rows["arm"].str.split(", "), []
     weight = parts.str[1].str.removeprefix("weight ").replace("language alone", "0").astype(float)
@@ -339,21 +383,22 @@ def trade_off(rows: pd.DataFrame, test: str, *, least_seeds: int = 3, threshold:
         both.columns = ["loss", "alone", "accuracy"]
         if len(both):
             excess = audit.claim(100 * (both["loss"] / both["alone"] - 1), least_seeds=least_seeds).iloc[0]
-            right = audit.claim(both["accuracy"], least_seeds=least_seeds, threshold=threshold, bounds=(0, 1)).iloc[0]
+            asked = part[(part["test"] == test) & part["seed"].isin(both.index)]
+            right = summary(asked).iloc[0]
             line = dict(gate=gate, weight=weight, loss=both["loss"].mean(), alone=both["alone"].mean())
             line |= dict(zip(("excess, %", "excess low", "excess high"), excess[["mean", "low", "high"]], strict=True))
-            line |= dict(zip(("accuracy", "low", "high"), right[["mean", "low", "high"]], strict=True))
-            line |= dict(worst=both["accuracy"].min(), seeds=len(both), succeeded=right["succeeded"])
-            table.append(line | dict(verdict=right["verdict"]))
+            line |= right[["accuracy", "low", "high", "worst"]].to_dict()
+            line |= dict(seeds=len(both), succeeded=int((both["accuracy"] >= threshold).sum()))
+            table.append(line | dict(enough=len(both) >= least_seeds))
     return pd.DataFrame(table)
 
 
-def best_rates(rows: pd.DataFrame, test: str) -> dict[str, float]:
-    """Of a sweep of rates by `mixers`: the rate at which each mixer did best in `test`; of equals that with the lower loss at the
-    end of training. ValueError without such rows."""
-    rows = of_mixers(rows[(rows["test"] == test) & rows["arm"].str.contains("rate")]) if len(rows) else rows
+def best_rates(rows: pd.DataFrame) -> dict[str, float]:
+    """Of a sweep of rates by `mixers`: the rate at which each mixer did best, by the mean of its tests, since most are at their
+    ceiling in the easy ones; of equals that with the lower loss at the end of training. ValueError without such rows."""
+    rows = of_mixers(rows[rows["arm"].str.contains("rate")]) if len(rows) else rows
     if not len(rows):
-        raise ValueError(f"rows: no sweep of rates with the test {test!r}")
+        raise ValueError("rows: no sweep of rates")
     means = rows.groupby(["mixer", "lr"])[["accuracy", "last_loss"]].mean().reset_index()
     ordered = means.sort_values(["accuracy", "last_loss"], ascending=[False, True])
     return {mixer: float(part["lr"].iloc[0]) for mixer, part in ordered.groupby("mixer")}
@@ -378,9 +423,8 @@ def main(arguments=None):
     if args.rates_of:
         if args.study != "mixers":
             parser.error(f"--rates-of belongs to mixers, not to {args.study}")
-        arms = studies.mixers(
-            size, rates=best_rates(load(args.rates_of, "mixers"), studies.mixers(size)[0].tests[0][0])
-        )
+        sweep = named(load(args.rates_of, "mixers"), studies.mixers(size))
+        arms = studies.mixers(size, rates=best_rates(sweep))
     else:
         arms = (
             studies.STUDIES[args.study](size)

@@ -1,4 +1,4 @@
-"""The studies of recall: what is trained, how, and what it is asked afterwards, as arms that differ in one thing.
+"""The studies of recall: what is trained, how, and what it is asked afterwards, as arms that differ in what they are named for.
 
     arms = studies.STUDIES["gates"](studies.FULL)  # `recall.run` trains them
     arms = studies.WITH_TEXT["language"](studies.SIZES["language"], studies.text(studies.LARGE))
@@ -35,7 +35,7 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Hash of everything that decides the numbers, the seed apart."""
+        """Hash of all settings that decide the numbers, the seed apart. Code is no setting: rows have a revision for that."""
         return runs.short_hash(
             [
                 self.cfg.to_dict(),
@@ -118,7 +118,7 @@ def _by_length(task: data.Task, lengths: Iterable[int]) -> tuple[tuple[str, data
 
 
 def gates(size: Size, *, patterns: Iterable[str] = ("G",)) -> list[Arm]:
-    """What lets a memory last: decay and write gate of its layers, soft ones and those that can be exactly shut.
+    """What lets a memory last: decay, write gate and penalty of its layers, soft gates and those that can be exactly shut.
 
     Trained on a few needles at short lengths, asked for `size.asked` needles at lengths up to 64 times those.
     """
@@ -174,7 +174,7 @@ MIXERS = {  # two layers each, at most 2 heads; all but one with the key of the 
         layer_pattern="GS", decay="none", write_gate="hard", beta_bias=-2.0, use_rope=True
     ),
 }
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def mixers(size: Size, *, rates: dict[str, float] | None = None, width: int | None = None) -> list[Arm]:
@@ -368,8 +368,8 @@ def layers(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
 def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]:
     """The eight tasks of ruler.py at once, trained at short lengths, asked at `size.far`; two layers of memory, for the hops.
 
-    A third of the steps goes to needles first, which ask for many more values in a row: one answer in 2,048 tokens teaches a
-    vocabulary of 50,000 nothing. Training then asks for all keys and chains of a row, and has fewer values and hops besides.
+    Needles come first, for a third as many steps: they ask for many more values in a row, and one answer in 2,048 tokens teaches
+    a vocabulary of 50,000 nothing. Training then asks for all keys and chains of a row, and has fewer values and hops besides.
     """
     vocab, sides = _text(size, text, 33)
     sides = sides or [None, None]
@@ -389,9 +389,14 @@ def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]
         train.Phase("ruler", train.Part(tuple(every), tokens=size.tokens, name="ruler"), size.steps),
     )
     tests = tuple((f"{name} at {n:,}", task) for n in size.far for name, task in at(n, sides[1]).items())
-    # RoPE lets the window tell which token stands before: what a second memory needs for values of several tokens.
-    cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), vocab_size=vocab, value_dim=2 * size.width, use_rope=True)
-    return [Arm("hybrid, GSGS", cfg, phases, size.training(**PRESSED), tests, size.trials)]
+    arms = []
+    for rope in (False, True):
+        # RoPE lets the window tell which token stands before: what a second memory needs for values of several tokens.
+        changes = dict(vocab_size=vocab, value_dim=2 * size.width, use_rope=rope)
+        cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), **changes)
+        name = "hybrid, GSGS" + (", RoPE in the window" if rope else "")
+        arms.append(Arm(name, cfg, phases, size.training(**PRESSED), tests, size.trials))
+    return arms
 
 
 def language(
@@ -399,8 +404,8 @@ def language(
 ) -> list[Arm]:
     """Language modelling with five needles beside it, by the weight of their loss; every arm sees the same text.
 
-    Soft gates that forget over 2,000 tokens beside two kinds that can be shut: does language keep them open? And two window
-    layers without a memory, on language alone: what is a memory worth to it?
+    Soft gates that forget over 2,000 tokens and some that do not decay, beside two kinds that can be shut besides, with a small
+    penalty: does language keep them open? And two window layers without a memory, on language alone: what is it worth to that?
     """
     vocab, (seen, held_out) = _text(size, text, 16)
     length = size.lengths[-1]
@@ -416,6 +421,7 @@ def language(
     few = [weight for weight in weights if weight in (0.0, 0.05, 0.5)]
     gates = (
         ("soft gates", {}, {}, weights),
+        ("no decay", dict(decay="none"), {}, few),  # what of the next two is not the gate's own doing
         ("gates that can shut", SHUT, PRESSED, few),
         ("straight-through gates", STRAIGHT, PRESSED, few),
     )
@@ -433,21 +439,22 @@ def language(
 
 
 def order(size: Size, text: data.LanguageModel) -> list[Arm]:
-    """Needles first, language first, or both at once, for the same number of steps on each; and one of them for half as long
-    before both."""
+    """Needles first, language first, or both at once; the same number of steps on text at the same rate in every arm.
+
+    Each phase has its own warm-up and cosine. Where needles or language come first and then both, they do for half the steps.
+    """
     first, *_ = language(size, text, weights=(0.5,))
-    both, (joint,) = first, first.phases
+    (joint,) = first.phases
     words, asked = joint.streams
-    half, slower = max(1, size.steps // 2), size.lr / 3
+    half = max(1, size.steps // 2)
     phases = {
-        "both at once": (joint, dataclasses.replace(joint, name="slower", lr=slower)),
-        "needles, then language": (train.Phase("n", asked, size.steps), train.Phase("w", words, size.steps, lr=slower)),
-        "language, then needles": (train.Phase("w", words, size.steps), train.Phase("n", asked, size.steps, lr=slower)),
-        "needles, then both": (train.Phase("n", asked, half), dataclasses.replace(joint, lr=slower)),
-        "language, then both": (train.Phase("w", words, half), dataclasses.replace(joint, lr=slower)),
+        "both at once": (joint,),
+        "needles, then language": (train.Phase("n", asked, size.steps), train.Phase("w", words, size.steps)),
+        "language, then needles": (train.Phase("w", words, size.steps), train.Phase("n", asked, size.steps)),
+        "needles, then both": (train.Phase("n", asked, half), joint),
+        "language, then both": (train.Phase("w", words, half), dataclasses.replace(joint, steps=size.steps - half)),
     }
-    phases["both at once"] = tuple(dataclasses.replace(p, steps=half) for p in phases["both at once"])
-    return [dataclasses.replace(both, name=name, phases=chosen) for name, chosen in phases.items()]
+    return [dataclasses.replace(first, name=name, phases=chosen) for name, chosen in phases.items()]
 
 
 STUDIES: dict[str, Callable[..., list[Arm]]] = dict(gates=gates, mixers=mixers, keys=keys, penalties=penalties, ids=ids)
