@@ -277,29 +277,32 @@ class ConvConfig(Settings):
 
 
 @dataclass(frozen=True)
-class TinyTransformerConfig(Settings):
-    """A small causal transformer: addition, cyclic words, position encodings."""
+class TinyConfig(Settings):
+    """A small causal transformer (tiny.py): addition, cyclic words, position encodings.
+
+    The default is the addition log's baseline of 763 parameters: full rank, LayerNorm, learned positions.
+    """
 
     d_model: int = 7
     n_layers: int = 1
     n_heads: int = 1
     ffn_dim: int = 14
     vocab_size: int = 14
-    max_len: int = 33
+    max_len: int = 33  # learned positions: the longest sequence; other encodings take any length
     position: str = "learned"  # learned | rope | alibi | none
-    norm: str = "layer"  # layer | rms | none
+    norm: str = "layer"  # layer (with its bias) | rms | none
     pos_rank: int = 0  # 0: full rank
-    qkv_rank: int = 0
+    qkv_rank: int = 0  # of the one matrix that makes q, k and v, which so share the factor A
     out_rank: int = 0
     ffn_rank: int = 0
-    fixed_residual: bool = False  # x A B + x W_fixed beside the low-rank linears
-    depth_shared: int = 1  # how often each block is applied
-    tie_kv: bool = False  # shared A, with K and V tied
+    fixed_residual: bool = False  # x A B + x W_fixed in every low-rank linear
+    depth_shared: int = 1  # times that the n_layers blocks are applied one after another, with the same weights
+    tie_qkv: str = "none"  # none | kv | qk | qv | qkv: those named are one projection
     tie_head: bool = True
-    bias: bool = False
+    bias: bool = False  # in every linear but the head; a LayerNorm has its own always
     parallel: bool = False  # attention and feed-forward from one norm (Pythia)
-    rope_v: float = 0.0  # rotation of V, scaled from 0 (none) to 1 (as Q and K)
-    rope_v_inverse: bool = False  # rotate the output back
+    rope_v: float = 0.0  # V is rotated by this share of the angle that RoPE turns Q and K by; 0: not at all
+    rope_v_inverse: bool = False  # rotate what was attended to back, so that V turns by the distance alone
     rope_base: float = 10000.0
     init_std: float = 0.02
 
@@ -309,6 +312,7 @@ class TinyTransformerConfig(Settings):
         self.require(ok, "n_heads", f"d_model {self.d_model} does not split into {self.n_heads} heads")
         self.require_choice("position", ("learned", "rope", "alibi", "none"))
         self.require_choice("norm", ("layer", "rms", "none"))
+        self.require_choice("tie_qkv", ("none", "kv", "qk", "qv", "qkv"))
         head = self.d_model // self.n_heads
         if self.position == "rope" or self.rope_v:
             self.require(head % 2 == 0, "n_heads", f"RoPE needs an even head width; d_model / n_heads = {head}")
@@ -320,12 +324,21 @@ class TinyTransformerConfig(Settings):
         ):
             rank = getattr(self, field)
             self.require(0 <= rank <= full, field, f"needs 0 (full rank) or a rank of at most {full}")
+        ok = self.position == "learned" or not self.pos_rank
+        self.require(ok, "pos_rank", f"is of learned positions; position = {self.position!r} has none: set 0")
         ranks = self.qkv_rank or self.out_rank or self.ffn_rank
         why = "stands beside low-rank linears: set a rank"
         self.require(bool(ranks) or not self.fixed_residual, "fixed_residual", why)
-        self.require(self.qkv_rank > 0 or not self.tie_kv, "tie_kv", "shares the low-rank factor A: set qkv_rank")
         self.require(0.0 <= self.rope_v <= 1.0, "rope_v", "needs a number from 0 to 1")
+        why = "turns back what rope_v turned: set rope_v above 0"
+        self.require(self.rope_v > 0 or not self.rope_v_inverse, "rope_v_inverse", why)
+        self.require(self.rope_base > 1, "rope_base", "needs a number above 1")
         self.require(self.init_std > 0, "init_std", "needs a standard deviation above 0")
+
+    def __repr__(self):
+        """Short form, what differs from the default: `TinyConfig(d_model=8, ffn_dim=28)`."""
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"TinyConfig({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
 
 @dataclass(frozen=True)

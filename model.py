@@ -679,8 +679,12 @@ def _shown(value) -> str:
 def build(cfg: config.Settings, *, seed: int = 0) -> nn.Module:
     """The model that a configuration describes, its weights drawn from `seed`.
 
-    Raises ValueError for a configuration that no model of this module takes.
+    Raises ValueError for a configuration that no model takes.
     """
     if isinstance(cfg, config.HybridConfig):
         return TransparentHybrid(cfg, generator=torch.Generator().manual_seed(seed))
-    raise ValueError(f"cfg: no model is built from {type(cfg).__name__}; HybridConfig is")
+    if isinstance(cfg, config.TinyConfig):
+        import tiny  # which imports this module
+
+        return tiny.TinyTransformer(cfg, generator=torch.Generator().manual_seed(seed))
+    raise ValueError(f"cfg: no model is built from {type(cfg).__name__}; HybridConfig and TinyConfig are")
