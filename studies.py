@@ -394,7 +394,7 @@ def ruler_tasks(size: Size, text: data.LanguageModel | None = None) -> list[Arm]
         # RoPE lets the window tell which token stands before: what a second memory needs for values of several tokens.
         changes = dict(vocab_size=vocab, value_dim=2 * size.width, use_rope=rope)
         cfg = dataclasses.replace(size.model("GSGS", **STRAIGHT), **changes)
-        name = "hybrid, GSGS" + (", RoPE in the window" if rope else "")
+        name = f"hybrid, GSGS, {'with' if rope else 'without'} RoPE"
         arms.append(Arm(name, cfg, phases, size.training(**PRESSED), tests, size.trials))
     return arms
 
