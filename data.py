@@ -5,8 +5,8 @@
     batch = needles.sample(64, torch.Generator().manual_seed(0))                # data.Batch
     test = data.test_set(needles, 1000, exclude=batch)                          # no row of it is in `batch`
 
-Names of tasks.py, needles.py and ruler.py are looked up when used rather than copied here, so that a module edited in a
-running notebook is seen through `data` too.
+Names of tasks.py, needles.py, ruler.py, addition.py and cyclic.py are looked up when used rather than copied here, so
+that a module edited in a running notebook is seen through `data` too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import addition
+import cyclic
 import needles
 import ruler
 import tasks
@@ -39,6 +41,8 @@ _DOOR = {
     **dict.fromkeys(("Batch", "Task", "RecallTask", "Echo", "MQAR", "Bigrams", "Mixture", "IGNORE"), tasks),
     **dict.fromkeys(("NeedleTask", "SingleNeedle", "MultiNeedle", "SharedMarkerNeedles", "SlotNeedles"), needles),
     **dict.fromkeys(("PassKey", "MultiValue", "VariableTracking", "CommonWords"), ruler),
+    "Addition": addition,
+    "CyclicWords": cyclic,
 }
 
 
