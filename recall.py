@@ -231,21 +231,36 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def losses(rows: pd.DataFrame, *, than: str) -> pd.DataFrame:
     """Loss of each arm on held-out text, mean over seeds with its 95% interval, and its excess over that of arm `than` in
-    percent, paired by seed. ValueError for fewer than 2 seeds that both have."""
+    percent, paired by seed; training: the mean loss at the end of training. An arm that shares fewer than 2 seeds with `than`
+    has no line."""
     found = rows.dropna(subset="loss") if "loss" in rows else rows.iloc[:0]
-    by_arm = found.pivot(index="seed", columns="arm", values="loss")
-    if than not in by_arm:
-        raise ValueError(f"than = {than!r}: the rows hold losses of {list(by_arm.columns)}")
+    by_arm = found.pivot(index="seed", columns="arm", values="loss") if len(found) else found
     table = []
-    for arm in found["arm"].unique():
+    for arm, part in found.groupby("arm", sort=False) if than in by_arm else ():
         both = by_arm[[arm, than]].dropna().to_numpy()
         if len(both) < 2:
-            raise ValueError(f"rows: {arm!r} shares {len(both)} seeds with {than!r}; an interval needs 2")
+            continue
         mean, low, high = analysis.mean_interval(both[:, 0])
         line = dict(arm=arm, loss=mean, low=low, high=high, seeds=len(both))
         excess = analysis.mean_interval(100 * (both[:, 0] / both[:, 1] - 1))
-        table.append(line | dict(zip(("excess, %", "excess low", "excess high"), excess, strict=True)))
+        line |= dict(zip(("excess, %", "excess low", "excess high"), excess, strict=True))
+        table.append(line | dict(training=part["last_loss"].mean(), parameters=part["parameters"].iloc[0]))
     return pd.DataFrame(table)
+
+
+def lost(rows: pd.DataFrame, test: str, *, near: str) -> pd.DataFrame:
+    """Each arm in `test` (`summary`), and how many points of what it answers in test `near` are lost there: mean over seeds with
+    its 95% interval, nan for one seed. Empty without such rows."""
+    found = rows[rows["test"].isin([test, near])] if len(rows) else rows
+    if not len(found) or test not in set(found["test"]):
+        return pd.DataFrame()
+    table, ends = summary(found[found["test"] == test]), []
+    for arm in table["arm"]:
+        by_test = found[found["arm"] == arm].pivot(index="seed", columns="test", values="accuracy")
+        points = 100 * (by_test[near] - by_test[test]).dropna()
+        ends.append(analysis.mean_interval(points) if len(points) > 1 else (points.mean(), math.nan, math.nan))
+    table[["lost", "lost low", "lost high"]] = ends
+    return table
 
 
 def differences(rows: pd.DataFrame, controls: dict[str, str]) -> pd.DataFrame:

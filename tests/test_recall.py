@@ -173,17 +173,31 @@ def test_missing_studies_say_how_to_run_them(capsys):
 
 
 def test_losses_are_paired_by_seed():
-    loss = lambda arm, values: [dict(arm=arm, seed=s, loss=v) for s, v in values.items()]  # noqa: E731
-    rows = pd.DataFrame(loss("alone", {0: 4.0, 1: 5.0, 2: 9.0}) + loss("both", {0: 4.04, 1: 5.05}))
+    same = dict(last_loss=3.0, parameters=7)
+    loss = lambda arm, values: [dict(same, arm=arm, seed=s, loss=v) for s, v in values.items()]  # noqa: E731
+    rows = pd.DataFrame(
+        loss("alone", {0: 4.0, 1: 5.0, 2: 9.0}) + loss("both", {0: 4.04, 1: 5.05}) + loss("one", {2: 9})
+    )
     table = recall.losses(rows, than="alone").set_index("arm")
     assert table.loc["both", ["excess, %", "excess low", "excess high", "seeds"]].tolist() == pytest.approx(
         [1, 1, 1, 2]
     )
-    assert table.loc["alone", ["loss", "excess, %", "seeds"]].tolist() == [6.0, 0.0, 3]
-    with pytest.raises(ValueError, match="than = 'none'"):
-        recall.losses(rows, than="none")
-    with pytest.raises(ValueError, match="shares 1 seeds"):
-        recall.losses(rows[[True, True, True, True, False]], than="alone")
+    assert table.loc["alone", ["loss", "excess, %", "seeds", "training"]].tolist() == [6.0, 0.0, 3, 3.0]
+    assert list(table.index) == ["alone", "both"]  # a single seed in common has no interval
+    assert recall.losses(rows, than="none").empty and recall.losses(rows[:0], than="alone").empty
+
+
+def test_what_is_lost_on_the_way_is_paired_by_seed():
+    near, far = ([1.0, 0.9, 0.8], [0.9, 0.7, 0.7])
+    rows = rows_of("a", near, test="near") + rows_of("a", far) + rows_of("b", [1.0], test="near") + rows_of("b", [0.5])
+    table = recall.lost(pd.DataFrame(rows), "far", near="near").set_index("arm")
+    assert table.loc["a", ["lost", "lost low", "lost high"]].tolist() == pytest.approx(
+        analysis.mean_interval([10, 20, 10])
+    )
+    assert table.loc["b", "lost"] == pytest.approx(50) and math.isnan(table.loc["b", "lost low"])
+    assert table.loc["a", "accuracy"] == pytest.approx(sum(far) / 3)
+    assert recall.lost(pd.DataFrame(rows), "none", near="near").empty
+    assert recall.lost(pd.DataFrame(), "far", near="near").empty
 
 
 def test_differences_are_paired_by_seed_and_corrected():
