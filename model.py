@@ -627,31 +627,9 @@ class TransparentHybrid(nn.Module):
             logits, state = self.step(token, state)
 
     def _check(self, tokens, targets, positions, state):
-        """ValueError naming the argument, what it needs and what was given."""
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype != torch.long:
-            raise ValueError(f"tokens: needs int64 [B, T] with B and T at least 1, was given {_shown(tokens)}")
-        home = self.embed.weight.device
-        if tokens.device != home:
-            raise ValueError(f"tokens: on {tokens.device}, the model on {home}; move one to the other")
-        for name, value, dtype in (("targets", targets, torch.long), ("positions", positions, torch.bool)):
-            ok = value is None or (isinstance(value, Tensor) and (value.shape, value.dtype) == (tokens.shape, dtype))
-            if not ok or (value is not None and value.device != home):
-                needs = f"{dtype} {list(tokens.shape)} on {home}, as tokens"
-                raise ValueError(f"{name}: needs {needs}, was given {_shown(value)}")
+        check_tokens(self, tokens, targets, positions)
         if state is not None:
             self._check_state(state, len(tokens))
-        if home.type != "cpu" or lean.under_transform(tokens):
-            return
-        vocab, values = self.cfg.vocab_size, {"tokens": tokens}
-        if targets is not None and (targets != -100).any():
-            values["targets"] = targets[targets != -100]
-        for name, ids in values.items():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocab:
-                raise ValueError(
-                    f"{name}: ids run from {low} to {high}, but the vocabulary has {vocab}; "
-                    "raise HybridConfig.vocab_size or use the tokenizer that the model was built for"
-                )
 
     def _check_state(self, state, B):
         cfg = self.cfg
@@ -669,6 +647,33 @@ class TransparentHybrid(nn.Module):
                 raise ValueError(
                     f"state: layer {i} ({letter}) holds {list(given.shape)}, which does not fit {B} sequences of {cfg}"
                 )
+
+
+def check_tokens(net: nn.Module, tokens: Tensor, targets: Tensor | None, positions: Tensor | None):
+    """ValueError naming the argument, what a model with `embed` and `cfg` needs and what was given.
+
+    Ids are looked at on a CPU alone (elsewhere it would wait for the device), and neither compiled nor inside a transform.
+    """
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype != torch.long:
+        raise ValueError(f"tokens: needs int64 [B, T] with B and T at least 1, was given {_shown(tokens)}")
+    home = net.embed.weight.device
+    if tokens.device != home:
+        raise ValueError(f"tokens: on {tokens.device}, the model on {home}; move one to the other")
+    for name, value, dtype in (("targets", targets, torch.long), ("positions", positions, torch.bool)):
+        fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (tokens.shape, dtype)
+        if value is not None and not (fits and value.device == home):
+            needs = f"{dtype} {list(tokens.shape)} on {home}, as tokens"
+            raise ValueError(f"{name}: needs {needs}, was given {_shown(value)}")
+    if home.type != "cpu" or torch.compiler.is_compiling() or lean.under_transform(tokens):
+        return
+    vocab, values = net.cfg.vocab_size, {"tokens": tokens}
+    if targets is not None and (targets != -100).any():
+        values["targets"] = targets[targets != -100]
+    for name, ids in values.items():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab:
+            why = f"raise {type(net.cfg).__name__}.vocab_size or use the tokenizer or task that the model was built for"
+            raise ValueError(f"{name}: ids run from {low} to {high}, but the vocabulary has {vocab}; {why}")
 
 
 def _shown(value) -> str:

@@ -299,7 +299,7 @@ class TinyTransformer(nn.Module):
         The state is None: there is nothing to go on from. Raises ValueError for tokens of another rank, dtype or outside the
         vocabulary (values are checked on the CPU alone), and for more of them than learned positions.
         """
-        self._check(tokens, targets, positions)
+        model.check_tokens(self, tokens, targets, positions)
         x = self.position.embed(self.embed(tokens))
         bias = self.position.bias(x)
         records = [] if diagnostics else None
@@ -318,32 +318,3 @@ class TinyTransformer(nn.Module):
         elif targets is None:
             logits = F.linear(x, head)
         return model.Output(logits, loss, records, None)
-
-    def _check(self, tokens, targets, positions):
-        """ValueError naming the argument, what it needs and what was given."""
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype != torch.long:
-            raise ValueError(f"tokens: needs int64 [B, T] with B and T at least 1, was given {_shown(tokens)}")
-        home = self.embed.weight.device
-        if tokens.device != home:
-            raise ValueError(f"tokens: on {tokens.device}, the model on {home}; move one to the other")
-        for name, value, dtype in (("targets", targets, torch.long), ("positions", positions, torch.bool)):
-            fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (tokens.shape, dtype)
-            if value is not None and not (fits and value.device == home):
-                needs = f"{dtype} {list(tokens.shape)} on {home}, as tokens"
-                raise ValueError(f"{name}: needs {needs}, was given {_shown(value)}")
-        if home.type != "cpu" or torch.compiler.is_compiling() or lean.under_transform(tokens):
-            return
-        vocab = self.cfg.vocab_size
-        values = {"tokens": tokens}
-        if targets is not None and (targets != -100).any():
-            values["targets"] = targets[targets != -100]
-        for name, ids in values.items():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocab:
-                why = "raise TinyConfig.vocab_size or use the task that the model was built for"
-                raise ValueError(f"{name}: ids run from {low} to {high}, but the vocabulary has {vocab}; {why}")
-
-
-def _shown(value) -> str:
-    """How an argument is named in an error."""
-    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
