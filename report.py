@@ -170,7 +170,7 @@ async def _execute(notebook, folder: Path, profile: str, bar: tqdm) -> str:
         kernel_manager_class=OwnKernelManager,
         kernel_name="python3",
         timeout=None,  # a full run may train for hours in one cell
-        iopub_timeout=600,  # seconds after a cell's end for its last outputs to be taken: nbclient's 4 lose some on a busy machine
+        iopub_timeout=600,  # seconds after a cell's end for its last outputs: nbclient's 4 lose some on a busy machine
         raise_on_iopub_timeout=True,
         record_timing=False,
         coalesce_streams=True,  # keep the last state of a text bar, not every one
