@@ -55,14 +55,14 @@ def run(
     for arm in arms:
         for seed in seeds:
             found = known.get((arm.key, seed)) or trained(arm, seed, device=device, progress=progress)[1]
-            named = [row for row in found if (row["arm"], row.get("study")) == (arm.name, study)]
-            if not named:
-                by_test = {row["test"]: dict(row, arm=arm.name, study=study) for row in found}
-                named = list(by_test.values())
+            own = [row for row in found if (row["arm"], row.get("study")) == (arm.name, study)]
+            if not own:
+                # The same settings under other names, each a row per test: one of each.
+                own = list({row["test"]: dict(row, arm=arm.name, study=study) for row in found}.values())
                 if out is not None:
                     with open(out, "a", encoding="utf-8") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in named)
-            rows += named
+                        file.writelines(json.dumps(row) + "\n" for row in own)
+            rows += own
     return pd.DataFrame(rows)
 
 
@@ -160,8 +160,9 @@ def _first_memory(net: model.TransparentHybrid, task: data.Task):
 
 
 def _marked(task: data.NeedleTask, batch: data.Batch, record: dict):
-    """bool [B, T] each: markers, and haystack."""
-    roles = probes.roles(task, batch)[:, :4096].to(record["beta"].device)
+    """bool [B, T] each: markers, and haystack, of the T tokens that the record is of."""
+    beta = record["beta"]
+    roles = probes.roles(task, batch)[:, : beta.shape[1]].to(beta.device)
     return tuple(roles == probes.ROLES.index(role) for role in ("marker", "haystack"))
 
 
